@@ -1,0 +1,72 @@
+// The progress thread: one loop that runs posted tasks, timers and file descriptor handlers.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/fd.h"
+#include "dualkv/operation.h"
+
+namespace dualkv {
+
+// Owns the thread. post() may be called from any thread; everything else only on the progress thread, or before
+// start(). Handlers must not throw and must not block.
+class Progress {
+ public:
+  using Task = std::function<void()>;
+  using FdHandler = std::function<void(std::uint32_t events)>;
+  using TimerId = std::uint64_t;
+
+  explicit Progress(std::string name);
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  // Runs `task` on the progress thread, after those posted before it. False, and the task is dropped, once the
+  // thread has been told to stop.
+  bool post(Task task);
+  // Runs `task` there and waits for it. Runs it in place on the progress thread itself, or after the stop.
+  void run(const Task& task);
+  bool on_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
+
+  void watch(int fd, std::uint32_t events, FdHandler handler);
+  void rewatch(int fd, std::uint32_t events);
+  void unwatch(int fd);
+
+  TimerId at(Clock::time_point when, Task task);
+  void cancel(TimerId timer);
+
+  // Runs what was posted, then ends the thread. Idempotent.
+  void stop();
+
+ private:
+  void loop();
+  void run_posted();
+  void run_timers();
+  int wait_ms() const;
+
+  struct Watch {
+    FdHandler handler;
+    std::uint64_t generation;
+  };
+
+  Fd epoll_;
+  Fd wake_;
+  std::mutex mutex_;
+  std::vector<Task> posted_;
+  bool stopping_ = false;  // guarded by mutex_
+  std::map<int, Watch> watches_;
+  std::uint64_t generation_ = 0;
+  std::map<std::pair<Clock::time_point, TimerId>, Task> timers_;
+  std::map<TimerId, Clock::time_point> timer_times_;
+  TimerId next_timer_ = 1;
+  std::thread thread_;
+};
+
+}  // namespace dualkv

@@ -1,0 +1,53 @@
+// PagedKv: validation and addressing of strided planes.
+#include "dualkv/paged_kv.h"
+
+#include "base/text.h"
+#include "dualkv/status.h"
+
+namespace dualkv {
+
+namespace {
+
+void check_layer(const KvGeometry& geometry, std::uint32_t layer, const std::vector<Plane>& planes,
+                 std::uint32_t block_count) {
+  const auto refuse = [&](const std::string& why) {
+    throw Error(Code::kInvalidArgument, text("KV cache, layer ", layer, ": ", why));
+  };
+  if (planes.empty() || planes.size() > PagedKv::kMaxPlanes) {
+    refuse(text(planes.size(), " planes: must be 1 to ", PagedKv::kMaxPlanes));
+  }
+  std::uint64_t total = 0;
+  for (const Plane& plane : planes) {
+    if (plane.base == nullptr) refuse("a plane has a null pointer");
+    if (plane.bytes == 0) refuse("a plane has 0 bytes a block");
+    if (block_count > 1 && plane.block_stride < plane.bytes) {
+      refuse(text("block stride ", plane.block_stride, " is less than the ", plane.bytes, " bytes of a block"));
+    }
+    total += plane.bytes;
+  }
+  if (total != geometry.layer_bytes(layer)) {
+    refuse(text("planes add up to ", total, " bytes a block, the geometry says ", geometry.layer_bytes(layer)));
+  }
+}
+
+}  // namespace
+
+PagedKv::PagedKv(const KvGeometry& geometry, std::vector<std::vector<Plane>> layers, std::uint32_t block_count)
+    : layers_(std::move(layers)), block_count_(block_count) {
+  if (block_count_ == 0) throw Error(Code::kInvalidArgument, "KV cache has 0 blocks");
+  if (layers_.size() != geometry.layers()) {
+    throw Error(Code::kInvalidArgument,
+                text("KV cache has ", layers_.size(), " layers, the geometry says ", geometry.layers()));
+  }
+  for (std::uint32_t i = 0; i < layers_.size(); ++i) check_layer(geometry, i, layers_[i], block_count_);
+}
+
+std::size_t PagedKv::extents(std::uint32_t layer, std::uint32_t block_id, std::span<Extent> out) const {
+  const std::vector<Plane>& planes = layers_[layer];
+  for (std::size_t i = 0; i < planes.size(); ++i) {
+    out[i] = {planes[i].base + block_id * planes[i].block_stride, planes[i].bytes};
+  }
+  return planes.size();
+}
+
+}  // namespace dualkv

@@ -1,0 +1,184 @@
+// StagingPool: a free list, two FIFOs of waiters, and slots that return themselves.
+#include <algorithm>
+#include <deque>
+#include <mutex>
+
+#include "base/text.h"
+#include "dualkv/staging.h"
+#include "memory/region.h"
+
+namespace dualkv {
+
+class StagingState : public std::enable_shared_from_this<StagingState> {
+ public:
+  StagingState(const KvGeometry& geometry, const StagingOptions& options)
+      : slot_bytes_(geometry.file_bytes()),
+        slots_(slot_count(geometry, options)),
+        prompt_limit_(slots_ - std::clamp<std::uint32_t>(
+                                   static_cast<std::uint32_t>(slots_ * options.transit_share), 1, slots_ - 1)),
+        region_(slot_bytes_ * slots_, options) {
+    free_.reserve(slots_);
+    for (std::uint32_t i = slots_; i-- > 0;) free_.push_back(region_.memory().data() + i * slot_bytes_);
+  }
+
+  Slot try_acquire(SlotUse use) {
+    const std::lock_guard lock(mutex_);
+    if (!waiting_[index(use)].empty() || !fits(1, use)) return nullptr;
+    return take(use);
+  }
+
+  std::uint64_t acquire(std::uint32_t count, SlotUse use, StagingPool::Acquired done) {
+    check_possible(count, use);
+    std::vector<Slot> slots;
+    std::uint64_t ticket;
+    {
+      const std::lock_guard lock(mutex_);
+      ticket = ++last_ticket_;
+      if (!waiting_[index(use)].empty() || !fits(count, use)) {
+        waiting_[index(use)].push_back({ticket, count, std::move(done)});
+        return ticket;
+      }
+      for (std::uint32_t i = 0; i < count; ++i) slots.push_back(take(use));
+    }
+    done(std::move(slots));
+    return ticket;
+  }
+
+  void withdraw(std::uint64_t ticket) {
+    StagingPool::Acquired done;
+    {
+      const std::lock_guard lock(mutex_);
+      for (auto& queue : waiting_) {
+        const auto found = std::find_if(queue.begin(), queue.end(), [&](auto& w) { return w.ticket == ticket; });
+        if (found == queue.end()) continue;
+        done = std::move(found->done);
+        queue.erase(found);
+        break;
+      }
+    }
+    if (done) done({});
+    serve();  // whoever stood behind it may fit
+  }
+
+  void on_free(std::function<void()> listener) {
+    const std::lock_guard lock(mutex_);
+    listener_ = std::move(listener);
+  }
+
+  StagingStats stats() const {
+    const std::lock_guard lock(mutex_);
+    static constexpr const char* kPages[] = {"small", "transparent huge", "huge"};
+    return {slots_,
+            static_cast<std::uint32_t>(free_.size()),
+            prompt_limit_,
+            prompt_slots_,
+            static_cast<std::uint32_t>(waiting_[0].size() + waiting_[1].size()),
+            region_.locked(),
+            kPages[static_cast<int>(region_.pages())]};
+  }
+
+  std::uint64_t slot_bytes() const { return slot_bytes_; }
+  std::span<std::byte> memory() const { return region_.memory(); }
+
+ private:
+  struct Waiter {
+    std::uint64_t ticket;
+    std::uint32_t count;
+    StagingPool::Acquired done;
+  };
+
+  static int index(SlotUse use) { return static_cast<int>(use); }
+
+  static std::uint32_t slot_count(const KvGeometry& geometry, const StagingOptions& options) {
+    const std::uint64_t count = options.bytes / geometry.file_bytes();
+    if (count < 2) {
+      throw Error(Code::kInvalidArgument, text("staging = ", options.bytes, " bytes holds ", count, " slots of ",
+                                               geometry.file_bytes(), " bytes: at least 2 are needed"));
+    }
+    if (options.transit_share < 0 || options.transit_share > 1) {
+      throw Error(Code::kInvalidArgument, text("transit_share = ", options.transit_share, ": must be 0 to 1"));
+    }
+    return static_cast<std::uint32_t>(std::min<std::uint64_t>(count, 1u << 24));
+  }
+
+  void check_possible(std::uint32_t count, SlotUse use) const {
+    const std::uint32_t most = use == SlotUse::kPrompt ? prompt_limit_ : slots_;
+    if (count == 0 || count > most) {
+      throw Error(Code::kInvalidArgument, text("staging: ", count, " slots wanted, this pool can give 1 to ", most,
+                                               use == SlotUse::kPrompt ? " to prompts; raise `staging`" : ""));
+    }
+  }
+
+  bool fits(std::uint32_t count, SlotUse use) const {
+    if (count > free_.size()) return false;
+    return use == SlotUse::kTransit || prompt_slots_ + count <= prompt_limit_;
+  }
+
+  Slot take(SlotUse use) {
+    std::byte* data = free_.back();
+    free_.pop_back();
+    if (use == SlotUse::kPrompt) ++prompt_slots_;
+    return Slot(data, [self = shared_from_this(), use](std::byte* slot) { self->give_back(slot, use); });
+  }
+
+  void give_back(std::byte* slot, SlotUse use) {
+    {
+      const std::lock_guard lock(mutex_);
+      free_.push_back(slot);
+      if (use == SlotUse::kPrompt) --prompt_slots_;
+    }
+    serve();
+  }
+
+  // Hands free slots to waiters, transit first: transit slots come back by themselves. Callbacks run without the lock.
+  void serve() {
+    for (;;) {
+      std::vector<Slot> slots;
+      StagingPool::Acquired done;
+      std::function<void()> listener;
+      {
+        const std::lock_guard lock(mutex_);
+        for (SlotUse use : {SlotUse::kTransit, SlotUse::kPrompt}) {
+          auto& queue = waiting_[index(use)];
+          if (queue.empty() || !fits(queue.front().count, use)) continue;
+          for (std::uint32_t i = 0; i < queue.front().count; ++i) slots.push_back(take(use));
+          done = std::move(queue.front().done);
+          queue.pop_front();
+          break;
+        }
+        if (!done) listener = listener_;
+      }
+      if (!done) {
+        if (listener) listener();
+        return;
+      }
+      done(std::move(slots));
+    }
+  }
+
+  const std::uint64_t slot_bytes_;
+  const std::uint32_t slots_;
+  const std::uint32_t prompt_limit_;
+  Region region_;
+  mutable std::mutex mutex_;
+  std::vector<std::byte*> free_;
+  std::deque<Waiter> waiting_[2];
+  std::uint32_t prompt_slots_ = 0;
+  std::uint64_t last_ticket_ = 0;
+  std::function<void()> listener_;
+};
+
+StagingPool::StagingPool(const KvGeometry& geometry, const StagingOptions& options)
+    : state_(std::make_shared<StagingState>(geometry, options)) {}
+
+std::uint64_t StagingPool::slot_bytes() const { return state_->slot_bytes(); }
+std::span<std::byte> StagingPool::memory() const { return state_->memory(); }
+StagingStats StagingPool::stats() const { return state_->stats(); }
+Slot StagingPool::try_acquire(SlotUse use) { return state_->try_acquire(use); }
+std::uint64_t StagingPool::acquire(std::uint32_t count, SlotUse use, Acquired done) {
+  return state_->acquire(count, use, std::move(done));
+}
+void StagingPool::withdraw(std::uint64_t ticket) { state_->withdraw(ticket); }
+void StagingPool::on_free(std::function<void()> listener) { state_->on_free(std::move(listener)); }
+
+}  // namespace dualkv

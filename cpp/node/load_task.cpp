@@ -1,0 +1,445 @@
+// The load state machine: plan -> ask and read -> deliver -> publish -> finish; and failover between sources.
+#include "node/load_task.h"
+
+#include <algorithm>
+#include <array>
+
+#include "base/hash.h"
+#include "base/text.h"
+#include "memory/copier.h"
+#include "storage/block_format.h"
+
+namespace dualkv {
+
+namespace {
+
+constexpr std::size_t kMaxSources = 32;  // bits of Block::tried
+
+void require(bool fine, Code code, const std::string& message) {
+  if (!fine) throw Error(code, message);
+}
+
+std::uint32_t layers_per_read(std::uint32_t window, std::uint32_t layers) {
+  // Half a window, so that one half is read while the other is computed.
+  return window == 0 || window >= layers ? layers : std::max(1u, window / 2);
+}
+
+}  // namespace
+
+std::shared_ptr<LoadTask> LoadTask::begin(NodeState& node, LoadRequest request) {
+  std::shared_ptr<LoadTask> task(new LoadTask(node, std::move(request)));
+  task->check_request();
+  const Plan& plan = task->request_.plan;
+  task->add_source(node.name(), Path::kPrefill, true);
+  if (!plan.decode.empty()) {
+    task->add_source(plan.decode, Path::kDecode, true);
+    task->decode_source_ = 1;
+  }
+  for (const PathRange& range : plan.ranges) task->add_source(range.node, range.path, true);
+  for (const std::string& helper : plan.helpers) task->add_source(helper, Path::kHelper, false);
+  node.add_load(task->id_, task);
+  node.add_task(task);
+  task->open_sources();
+  return task;
+}
+
+LoadTask::LoadTask(NodeState& node, LoadRequest request)
+    : node_(node), request_(std::move(request)), id_(random_u64() >> 1), layers_(node.geometry().layers()),
+      hit_(static_cast<std::uint32_t>(request_.plan.keys.size())), started_(Clock::now()),
+      deadline_(started_ + seconds(request_.deadline_s)), milestones_(std::make_shared<Milestones>(layers_ + 1)) {
+  blocks_.resize(hit_);
+  for (Block& block : blocks_) block.layers_left = layers_;
+  delivered_.resize(std::size_t{layers_} * hit_);
+  checksums_.resize(std::size_t{layers_} * hit_);
+  layer_left_.assign(layers_, hit_);
+  published_.resize(layers_);
+  const std::uint32_t window = request_.window_layers;
+  credit_ = window == 0 ? layers_ : std::min(window, layers_);
+  per_read_ = layers_per_read(window, layers_);
+  result_.reason = request_.plan.reason;
+  result_.layer_ready_s.resize(layers_);
+  result_.layer_published_s.resize(layers_);
+}
+
+LoadTask::~LoadTask() = default;
+
+void LoadTask::check_request() const {
+  const auto invalid = Code::kInvalidArgument;
+  check_plan(request_.plan);
+  require(request_.into != nullptr, invalid, "load: no KV cache given (into)");
+  require(request_.into->layers() == layers_, invalid, "load: the KV cache has another number of layers");
+  require(request_.deadline_s > 0 && request_.deadline_s <= 86400, invalid,
+          text("load: deadline ", request_.deadline_s, " s: must be more than 0 and at most a day"));
+  require(request_.block_ids.size() >= hit_, invalid,
+          text("load: ", request_.block_ids.size(), " block ids for a hit of ", hit_, " blocks"));
+  std::vector<std::uint32_t> ids = request_.block_ids;
+  std::sort(ids.begin(), ids.end());
+  require(ids.empty() || ids.back() < request_.into->block_count(), invalid,
+          text("load: block id ", ids.empty() ? 0 : ids.back(), " of ", request_.into->block_count(), " blocks"));
+  const auto twice = std::adjacent_find(ids.begin(), ids.end());
+  require(twice == ids.end(), invalid, text("load: block id ", twice == ids.end() ? 0 : *twice, " is given twice"));
+  require(request_.plan.prefill.empty() || request_.plan.prefill == node_.name(), invalid,
+          text("load: the plan is for '", request_.plan.prefill, "', this node is '", node_.name(), "'"));
+  require(request_.plan.decode != node_.name(), invalid, "load: the decode node is this node; leave it empty");
+  require(node_.active_loads() < node_.options().max_loads, Code::kNoSpace,
+          text("load: ", node_.active_loads(), " loads in progress; raise `max_loads` or finish some"));
+}
+
+void LoadTask::add_source(const std::string& name, Path path, bool required) {
+  for (const auto& source : sources_) {
+    if (source->name == name) return;
+  }
+  std::shared_ptr<Link> link;
+  if (!sources_.empty()) {
+    link = node_.find_link(name);
+    if (!link && !required) return;
+    require(link != nullptr, Code::kPeerLost, text("load: node '", name, "' of the plan is not connected"));
+  }
+  require(sources_.size() < kMaxSources, Code::kInvalidArgument, text("load: more than ", kMaxSources, " nodes in a plan"));
+  if (path == Path::kDecode) {
+    const std::uint32_t most = node_.view_of(name).prompt_slots;
+    require(most == 0 || request_.block_ids.size() <= most, Code::kNoSpace,
+            text("load: the prompt has ", request_.block_ids.size(), " blocks, the staging of '", name, "' can hold ",
+                 most, "; raise its `staging`"));
+  }
+  auto source = std::make_unique<Source>();
+  source->load = this;
+  source->index = sources_.size();
+  source->name = name;
+  source->path = path;
+  source->link = std::move(link);
+  source->result.node = name;
+  source->result.path = path;
+  source->result.layer_done_s.resize(layers_);
+  sources_.push_back(std::move(source));
+}
+
+void LoadTask::open_sources() {
+  const std::weak_ptr<LoadTask> weak = weak_from_this();
+  timer_ = node_.progress().at(deadline_, [weak] {
+    const auto self = weak.lock();
+    if (!self) return;
+    self->timer_ = 0;
+    self->fail({Code::kTimeout, 0,
+                text("load: not complete after its deadline of ", self->request_.deadline_s, " s; ",
+                     self->layers_ready_, " of ", self->layers_, " layers were ready")});
+  });
+  std::vector<std::vector<std::uint32_t>> shares(sources_.size());
+  for (const PathRange& range : request_.plan.ranges) {
+    const auto source = std::find_if(sources_.begin(), sources_.end(), [&](const auto& s) { return s->name == range.node; });
+    for (std::uint32_t i = range.first; i < range.first + range.count; ++i) {
+      blocks_[i].source = static_cast<std::uint16_t>((*source)->index);
+      blocks_[i].tried = 1u << (*source)->index;
+      shares[(*source)->index].push_back(i);
+    }
+  }
+  reads_ = std::make_unique<BlockReads>(node_.storage(), per_read_, credit_,
+                                        [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
+                                          if (const auto self = weak.lock()) self->on_read(block, layers, std::move(result));
+                                        });
+  for (std::size_t i = 1; i < sources_.size(); ++i) open_source(*sources_[i], shares[i]);
+  for (std::uint32_t block : shares[0]) read_here(block);
+  reads_->pump();
+  if (hit_ == 0) {
+    for (std::uint32_t layer = 0; layer < layers_; ++layer) layer_ready(layer);
+  }
+  maybe_finish();
+}
+
+void LoadTask::open_source(Source& source, const std::vector<std::uint32_t>& blocks) {
+  source.grant = node_.grants().add(source, source.name);
+  OpenLoad open;
+  open.load = id_;
+  open.decode = source.index == decode_source_;
+  open.time_left_us = microseconds_until(deadline_);
+  open.prompt_blocks = static_cast<std::uint32_t>(request_.block_ids.size());
+  open.layers_per_read = per_read_;
+  open.credit_layers = credit_;
+  open.grant = source.grant;
+  node_.send(*source.link, open);
+  ask(source, blocks);
+}
+
+void LoadTask::ask(Source& source, const std::vector<std::uint32_t>& blocks) {
+  if (blocks.empty()) return;
+  ReadBlocks message{id_, {}};
+  for (std::uint32_t block : blocks) message.blocks.push_back({block, request_.plan.keys[block]});
+  const std::uint64_t bytes = blocks.size() * node_.geometry().block_bytes();
+  source.asked_bytes += bytes;
+  node_.add_asked(source.name, static_cast<std::int64_t>(bytes));
+  node_.send(*source.link, message);
+}
+
+void LoadTask::read_here(std::uint32_t block) { reads_->add(block, request_.plan.keys[block]); }
+
+void LoadTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result) {
+  if (ended_) return;
+  if (!result.outcome.ok()) {
+    if (blocks_[block].source == 0) {
+      take_over(0, {block}, {result.outcome.code, result.outcome.os_errno, result.reason});
+    }
+    return;
+  }
+  const KvGeometry& geometry = node_.geometry();
+  const std::span<const std::byte> trailer(result.slot.get() + geometry.payload_bytes(), geometry.trailer_bytes());
+  for (std::uint32_t layer = layers.first; layer < layers.first + layers.count && !ended_; ++layer) {
+    if (!wanted(0, layer, block)) continue;
+    std::array<Extent, PagedKv::kMaxPlanes> target;
+    const std::size_t count = request_.into->extents(layer, request_.block_ids[block], target);
+    scatter(result.slot.get() + geometry.layer_offset(layer), std::span<const Extent>(target).first(count));
+    deliver(*sources_[0], layer, block, trailer_checksum(trailer, layer));
+  }
+}
+
+bool LoadTask::wanted(std::size_t source, std::uint32_t layer, std::uint32_t block) const {
+  return !ended_ && block < hit_ && layer < credit_ && blocks_[block].source == source &&
+         !delivered_[slot_of(layer, block)];
+}
+
+std::size_t LoadTask::Source::target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
+  if (!load->wanted(index, layer, block)) return 0;
+  return load->request_.into->extents(layer, load->request_.block_ids[block], out);
+}
+
+void LoadTask::Source::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
+                               bool right) {
+  const auto keep = load->shared_from_this();
+  if (right) return load->deliver(*this, layer, block, checksum);
+  load->take_over(index, {block}, {Code::kCorrupt, 0, text("layer ", layer, " arrived with a wrong checksum")});
+}
+
+void LoadTask::deliver(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
+  const std::size_t at = slot_of(layer, block);
+  delivered_[at] = true;
+  checksums_[at] = checksum;
+  const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
+  if (source.link && source.asked_bytes >= bytes) {
+    source.asked_bytes -= bytes;
+    node_.add_asked(source.name, -static_cast<std::int64_t>(bytes));
+  }
+  PathResult& path = source.result;
+  if (path.bytes == 0) path.first_s = now_s();
+  path.bytes += bytes;
+  path.last_s = path.layer_done_s[layer] = now_s();
+  if (--blocks_[block].layers_left == 0) ++path.blocks;
+  if (--layer_left_[layer] == 0) layer_ready(layer);
+  maybe_finish();
+}
+
+void LoadTask::layer_ready(std::uint32_t layer) {
+  ++layers_ready_;
+  {
+    const std::lock_guard lock(mutex_);
+    result_.layer_ready_s[layer] = now_s();
+  }
+  milestones_->reach(layer);
+}
+
+void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blocks, const Status& why) {
+  std::vector<std::vector<std::uint32_t>> shares(sources_.size());
+  for (std::uint32_t block : blocks) {
+    Block& state = blocks_[block];
+    if (state.source != from || state.layers_left == 0) continue;
+    const auto next = std::find_if(sources_.begin(), sources_.end(), [&](const auto& s) {
+      return !s->lost && (state.tried >> s->index & 1) == 0;
+    });
+    if (next == sources_.end()) {
+      {
+        const std::lock_guard lock(mutex_);
+        failed_block_ = block;
+      }
+      if (why.code == Code::kNotFound || why.code == Code::kCorrupt) {
+        node_.storage().directory().forget(request_.plan.keys[block]);
+      }
+      return fail({why.code, why.os_errno,
+                   text("load: block ", block, " (", request_.plan.keys[block].hex(), ") at '", sources_[from]->name,
+                        "': ", why.message, "; no other node is left to read it")});
+    }
+    state.source = static_cast<std::uint16_t>((*next)->index);
+    state.tried |= 1u << (*next)->index;
+    shares[(*next)->index].push_back(block);
+    const std::lock_guard lock(mutex_);
+    ++result_.failovers;
+  }
+  for (std::uint32_t block : shares[0]) read_here(block);
+  if (!shares[0].empty()) reads_->pump();
+  for (std::size_t i = 1; i < shares.size(); ++i) ask(*sources_[i], shares[i]);
+}
+
+void LoadTask::source_lost(std::size_t index, const Status& why) {
+  Source& source = *sources_[index];
+  if (ended_ || source.lost) return;
+  source.lost = true;
+  std::vector<std::uint32_t> blocks;
+  for (std::uint32_t i = 0; i < hit_; ++i) {
+    if (blocks_[i].source == index && blocks_[i].layers_left > 0) blocks.push_back(i);
+  }
+  take_over(index, blocks, why);
+}
+
+void LoadTask::on_opened(Link& link, const LoadOpened& message) {
+  if (ended_ || decode_source_ == 0 || sources_[decode_source_]->link.get() != &link || publisher_) return;
+  if (message.code != Code::kOk) return handover_failed({message.code, 0, message.why});
+  const std::weak_ptr<LoadTask> weak = weak_from_this();
+  publisher_ = std::make_unique<LayerSender>(
+      node_.sends(), sources_[decode_source_]->link, message.grant, Lane::kLow,
+      [weak](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
+        if (const auto self = weak.lock()) self->on_published(blocks, layer, outcome);
+      });
+  for (std::uint32_t layer : std::exchange(publish_queue_, {})) publish_now(layer);
+}
+
+void LoadTask::on_blocks_failed(Link& link, const BlocksFailed& message) {
+  for (const auto& source : sources_) {
+    if (source->link.get() != &link) continue;
+    std::vector<std::uint32_t> blocks = message.blocks;
+    std::erase_if(blocks, [this](std::uint32_t block) { return block >= hit_; });
+    return take_over(source->index, blocks, {message.code, message.os_errno, message.why});
+  }
+}
+
+void LoadTask::on_peer_closed(Link& link, const CloseLoad& message) {
+  const Status why{message.code == Code::kOk ? Code::kCancelled : message.code, 0, message.why};
+  for (std::size_t i = 1; i < sources_.size(); ++i) {
+    if (sources_[i]->link.get() != &link) continue;
+    source_lost(i, why);
+    if (i == decode_source_) handover_failed(why);
+  }
+}
+
+void LoadTask::on_link_closed(Link& link, const Status& why) {
+  const auto keep = shared_from_this();
+  for (std::size_t i = 1; i < sources_.size() && !ended_; ++i) {
+    if (sources_[i]->link.get() != &link) continue;
+    const Status lost{Code::kPeerLost, why.os_errno, text("node '", sources_[i]->name, "': ", why.message)};
+    source_lost(i, lost);
+    if (i == decode_source_) handover_failed(lost);
+  }
+}
+
+// The node lives, its storage does not: others read for it, but it can still be handed the prompt.
+void LoadTask::on_stalled(const std::string& name) {
+  const auto keep = shared_from_this();
+  for (std::size_t i = 0; i < sources_.size() && !ended_; ++i) {
+    if (sources_[i]->name != name) continue;
+    source_lost(i, {Code::kTimeout, 0, text("storage of '", name, "' finished no read for ", node_.options().stall_s, " s")});
+  }
+}
+
+void LoadTask::publish(std::uint32_t layer) {
+  if (ended_ || published_[layer]) return;
+  published_[layer] = true;
+  {
+    const std::lock_guard lock(mutex_);
+    result_.layer_published_s[layer] = now_s();
+  }
+  if (publisher_) return publish_now(layer);
+  publish_queue_.push_back(layer);
+}
+
+void LoadTask::publish_now(std::uint32_t layer) {
+  const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
+  std::uint64_t sent = 0;
+  for (std::uint32_t block = 0; block < request_.block_ids.size(); ++block) {
+    // What the decode node read itself is in its staging already.
+    if (block < hit_ && blocks_[block].source == decode_source_) continue;
+    WriteBlock write;
+    write.block = block;
+    write.extents = static_cast<std::uint32_t>(request_.into->extents(layer, request_.block_ids[block], write.source));
+    write.checksum = block < hit_ ? checksums_[slot_of(layer, block)]
+                                  : checksum(std::span<const Extent>(write.source).first(write.extents));
+    publisher_->add(layer, std::move(write));
+    ++publish_pending_;
+    sent += bytes;
+  }
+  ++layers_published_;
+  {
+    const std::lock_guard lock(mutex_);
+    result_.bytes_published += sent;
+  }
+  publisher_->pump();
+  maybe_finish();
+}
+
+void LoadTask::on_published(const std::vector<std::uint32_t>& blocks, std::uint32_t layer, Outcome outcome) {
+  if (ended_) return;
+  publish_pending_ -= blocks.size();
+  if (!outcome.ok()) {
+    return handover_failed({outcome.code, 0, text("'", sources_[decode_source_]->name, "' did not take layer ", layer,
+                                                  " of the new KV")});
+  }
+  maybe_finish();
+}
+
+// Prefill goes on: its layers are still right. Only finish() fails.
+void LoadTask::handover_failed(Status why) {
+  if (ended_ || !handover_failure_.ok()) return;
+  handover_failure_ = {why.code, why.os_errno, text("load: the KV was not handed over: ", why.message)};
+  publisher_.reset();
+  publish_queue_.clear();
+  maybe_finish();
+}
+
+void LoadTask::release(std::uint32_t layer) {
+  if (ended_ || layer != released_) return;
+  ++released_;
+  if (request_.window_layers == 0 || credit_ == layers_) return;
+  ++credit_;
+  reads_->credit(credit_);
+  for (std::size_t i = 1; i < sources_.size(); ++i) {
+    if (!sources_[i]->lost) node_.send(*sources_[i]->link, Credit{id_, credit_});
+  }
+}
+
+void LoadTask::maybe_finish() {
+  if (ended_ || layers_ready_ < layers_) return;
+  if (!handover_failure_.ok()) return end(true, handover_failure_);
+  if (publishes() && (layers_published_ < layers_ || publish_pending_ > 0)) return;
+  end(false, {});
+}
+
+void LoadTask::fail(Status status) {
+  if (!ended_) end(true, status);
+}
+
+void LoadTask::end(bool failed, const Status& why) {
+  const auto keep = shared_from_this();
+  ended_ = true;
+  node_.progress().cancel(timer_);
+  reads_.reset();
+  publisher_.reset();
+  std::uint32_t failovers;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& source : sources_) result_.paths.push_back(source->result);
+    result_.seconds = now_s();
+    failovers = result_.failovers;
+  }
+  for (const auto& source : sources_) {
+    if (!source->link) continue;
+    node_.grants().remove(source->grant);
+    node_.add_asked(source->name, -static_cast<std::int64_t>(source->asked_bytes));
+    node_.send(*source->link, CloseLoad{id_, why.code, why.message});
+    source->link.reset();
+  }
+  node_.remove_load(id_, failed, failovers);
+  if (failed) {
+    milestones_->fail(why);
+  } else {
+    milestones_->reach(layers_);
+  }
+}
+
+LoadResult LoadTask::result() const {
+  const std::lock_guard lock(mutex_);
+  return result_;
+}
+
+std::int64_t LoadTask::failed_block() const {
+  const std::lock_guard lock(mutex_);
+  return failed_block_;
+}
+
+double LoadTask::now_s() const { return std::chrono::duration<double>(Clock::now() - started_).count(); }
+
+}  // namespace dualkv

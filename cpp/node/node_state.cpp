@@ -1,0 +1,490 @@
+// Wiring of a node: links and messages in, tasks and views out.
+#include "node/node_state.h"
+
+#include <algorithm>
+
+#include "base/text.h"
+#include "node/load_task.h"
+#include "node/serve_task.h"
+
+namespace dualkv {
+
+namespace {
+
+constexpr auto kTick = std::chrono::milliseconds(20);
+constexpr double kFirstRedialPause = 0.1;
+
+void check_options(const NodeOptions& options) {
+  const auto require = [](bool fine, const std::string& message) {
+    if (!fine) throw Error(Code::kInvalidArgument, message);
+  };
+  require(!options.name.empty() && options.name.size() <= 128,
+          text("node: name '", options.name, "' must have 1 to 128 bytes"));
+  require(options.connections_per_lane >= 1 && options.connections_per_lane <= 16,
+          text("node: connections_per_lane = ", options.connections_per_lane, ": must be 1 to 16"));
+  for (const LaneOptions& lane : options.lanes) {
+    require(lane.dscp >= 0 && lane.dscp <= 63, text("node: dscp = ", lane.dscp, ": must be 0 to 63"));
+    require(lane.so_priority >= 0 && lane.so_priority <= 15,
+            text("node: so_priority = ", lane.so_priority, ": must be 0 to 15"));
+  }
+  require(options.write_frame_bytes >= 1 && options.write_window_bytes >= options.write_frame_bytes,
+          "node: write_window_bytes must be at least write_frame_bytes");
+  require(options.heartbeat_s > 0 && options.peer_silence_s > 2 * options.heartbeat_s,
+          "node: peer_silence_s must be more than two heartbeats");
+  require(options.handshake_s > 0 && options.stall_s > 0, "node: handshake_s and stall_s must be positive");
+}
+
+TransportOptions transport_options(const NodeOptions& options) {
+  return {options.name,
+          options.secret,
+          options.connections_per_lane,
+          {options.lanes[0], options.lanes[1]},
+          options.write_window_bytes,
+          options.handshake_s};
+}
+
+const Status kClosing{Code::kCancelled, 0, "the node is closed"};
+
+}  // namespace
+
+Clock::duration seconds(double value) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+}
+
+std::uint64_t microseconds_until(Clock::time_point when) {
+  const auto left = std::chrono::duration_cast<std::chrono::microseconds>(when - Clock::now()).count();
+  return left > 0 ? static_cast<std::uint64_t>(left) : 0;
+}
+
+NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
+    : geometry_((check_options(options), geometry)), options_(std::move(options)),
+      transport_options_(transport_options(options_)),
+      progress_(std::make_shared<Progress>("dualkv-" + options_.name)), fallbacks_(options_.store.fail_on_fallback),
+      pool_(geometry_, options_.staging),
+      store_(std::make_unique<Store>(std::make_shared<StoreState>(geometry_, options_.store, pool_, progress_))),
+      grants_(geometry_), sends_(geometry_, options_.write_frame_bytes) {
+  const StagingStats staging = pool_.stats();
+  if (options_.staging.lock_memory && !staging.locked) fallbacks_.count("staging_not_locked", "raise the memlock limit");
+  if (options_.staging.huge_pages && staging.pages != "huge") {
+    fallbacks_.count("no_huge_pages", "reserve some with sysctl vm.nr_hugepages");
+  }
+}
+
+NodeState::~NodeState() { close(); }
+
+void NodeState::start() {
+  std::vector<Address> addresses;
+  for (const std::string& text : options_.listen) {
+    addresses.push_back(resolve(text, /*for_listening=*/true));
+    if (!addresses.back().this_host && options_.secret.empty()) {
+      throw Error(Code::kInvalidArgument, dualkv::text("node: '", text, "' can be reached from other hosts, and no "
+                                                       "secret is set; give secret or secret_file"));
+    }
+  }
+  Status failure;
+  progress_->run([&] {
+    try {
+      for (const Address& address : addresses) addresses_.push_back(transport(address.scheme).listen(address));
+      tick();
+    } catch (const Error& error) {
+      failure = error.status();
+    }
+  });
+  if (failure.ok()) return;
+  close();
+  throw Error(failure);
+}
+
+void NodeState::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (std::exchange(closed_, true)) return;
+  }
+  progress_->run([this] {
+    closing_ = true;
+    progress_->cancel(tick_);
+    for_each_task([](NodeTask& task) { task.abort(kClosing); });
+    for (auto& [scheme, transport] : transports_) transport->close();
+  });
+  progress_->run([] {});  // what closing has posted
+  progress_->run([this] {
+    loads_.clear();
+    serves_.clear();
+    incomings_.clear();
+    for (auto& [name, peer] : peers_) peer.links.clear();
+    transports_.clear();
+  });
+  storage().close();
+  progress_->stop();
+}
+
+Transport& NodeState::transport(Scheme scheme) {
+  auto& transport = transports_[scheme];
+  if (transport) return *transport;
+  if (scheme == Scheme::kLoopback) {
+    if (!options_.loopback) throw Error(Code::kInvalidArgument, "node: loopback:// needs options.loopback");
+    transport = make_loopback_transport(options_.loopback, progress_, grants_, *this, transport_options_);
+  } else {
+    transport = make_socket_transport(scheme, *progress_, grants_, *this, transport_options_);
+  }
+  return *transport;
+}
+
+// --- peers
+
+std::string NodeState::connect(const std::string& text, double timeout_s) {
+  const auto dial_to = std::make_shared<Dial>();
+  dial_to->address = resolve(text, /*for_listening=*/false);
+  if (!dial_to->address.this_host && options_.secret.empty()) {
+    throw Error(Code::kInvalidArgument,
+                dualkv::text("node: '", text, "' is on another host, and no secret is set; give secret or secret_file"));
+  }
+  struct Answer {
+    Milestones milestones{1};
+    std::string peer;
+  };
+  const auto answer = std::make_shared<Answer>();
+  const bool posted = progress_->post([self = shared_from_this(), dial_to, answer] {
+    self->dial(dial_to, [self, dial_to, answer](Status status, std::string peer) {
+      if (!status.ok()) return answer->milestones.fail(std::move(status));
+      dial_to->peer = peer;
+      if (!self->closing_) self->dials_.push_back(dial_to);
+      answer->peer = std::move(peer);
+      answer->milestones.reach(0);
+    });
+  });
+  if (!posted) throw Error(kClosing);
+  const Status status = answer->milestones.wait(0, Clock::now() + seconds(timeout_s));
+  if (status.code == Code::kTimeout) throw Error(Code::kTimeout, dualkv::text("node: no connection to '", text, "' after ", timeout_s, " s: ", status.message));
+  if (!status.ok()) throw Error(status);
+  return answer->peer;
+}
+
+void NodeState::dial(const std::shared_ptr<Dial>& dial, Transport::Connected done) {
+  if (closing_) return done(kClosing, "");
+  try {
+    transport(dial->address.scheme).connect(dial->address, done);
+  } catch (const Error& error) {
+    done(error.status(), "");
+  }
+}
+
+// Tries again and again, with growing pauses: a peer that failed once is not lost for ever.
+void NodeState::redial(const std::shared_ptr<Dial>& lost) {
+  if (closing_ || lost->running) return;
+  lost->running = true;
+  lost->pause_s = std::clamp(lost->pause_s * 2, kFirstRedialPause, options_.reconnect_max_s);
+  progress_->at(Clock::now() + seconds(lost->pause_s), [this, lost] {
+    if (closing_) return;
+    dial(lost, [this, lost](const Status& status, const std::string&) {
+      lost->running = false;
+      if (!status.ok()) return redial(lost);
+      lost->pause_s = 0;
+    });
+  });
+}
+
+bool NodeState::closed() const {
+  const std::lock_guard lock(mutex_);
+  return closed_;
+}
+
+bool NodeState::knows(const std::string& peer) const {
+  const std::lock_guard lock(mutex_);
+  return peers_.contains(peer);
+}
+
+bool NodeState::connected(const std::string& peer) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = peers_.find(peer);
+  return found != peers_.end() && found->second.connected;
+}
+
+std::shared_ptr<Link> NodeState::find_link(const std::string& peer) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = peers_.find(peer);
+  if (found == peers_.end()) return nullptr;
+  for (auto link = found->second.links.rbegin(); link != found->second.links.rend(); ++link) {
+    if ((*link)->open()) return *link;
+  }
+  return nullptr;
+}
+
+void NodeState::on_open(const std::shared_ptr<Link>& link) {
+  {
+    const std::lock_guard lock(mutex_);
+    Peer& peer = peers_[link->peer()];
+    peer.links.push_back(link);
+    peer.connected = true;
+    if (peer.view.name.empty()) {
+      peer.view.name = link->peer();
+      peer.view.block_bytes = geometry_.block_bytes();
+      peer.view.tokens_per_block = geometry_.tokens_per_block();
+    }
+  }
+  send(*link, ViewMessage{view()});
+}
+
+void NodeState::on_closed(Link& link, const Status& why) {
+  std::shared_ptr<Link> keep;
+  bool connected = false;
+  {
+    const std::lock_guard lock(mutex_);
+    Peer& peer = peers_[link.peer()];
+    peer.last_stats = link.stats();
+    std::erase_if(peer.links, [&](const auto& mine) {
+      if (mine.get() != &link) return false;
+      keep = mine;
+      return true;
+    });
+    connected = peer.connected = std::any_of(peer.links.begin(), peer.links.end(), [](auto& l) { return l->open(); });
+  }
+  for_each_task([&](NodeTask& task) { task.on_link_closed(link, why); });
+  sends_.on_closed(link);
+  if (connected) return;
+  for (const auto& dial : dials_) {
+    if (dial->peer == link.peer()) redial(dial);
+  }
+}
+
+void NodeState::on_write_done(Link& link, std::uint64_t id, Outcome outcome) { sends_.on_write_done(link, id, outcome); }
+
+void NodeState::on_refused() {
+  const std::lock_guard lock(mutex_);
+  ++counters_.connections_refused;
+}
+
+void NodeState::on_hostile() {
+  const std::lock_guard lock(mutex_);
+  ++counters_.frames_hostile;
+}
+
+void NodeState::on_fallback(const std::string& what) {
+  try {
+    fallbacks_.count(what, "the kernel refused a socket option");
+  } catch (const Error&) {
+    // A refusal to degrade concerns set-up; a running link is not torn down for a mark.
+  }
+}
+
+template <typename Visit>
+void NodeState::for_each_task(Visit visit) {
+  const auto tasks = tasks_;
+  for (const auto& weak : tasks) {
+    if (const auto task = weak.lock()) visit(*task);
+  }
+}
+
+// --- views and health
+
+NodeView NodeState::view() const {
+  const StoreStats store = store_->stats();
+  const StagingStats staging = pool_.stats();
+  NodeView view;
+  view.name = options_.name;
+  view.block_bytes = geometry_.block_bytes();
+  view.tokens_per_block = geometry_.tokens_per_block();
+  view.read_queue_bytes = store.read_queue_bytes;
+  view.read_bandwidth = store.read_bandwidth;
+  view.free_slots = staging.free_slots;
+  view.prompt_slots = staging.prompt_limit;
+  view.reads_done = store.blocks_read;
+  return view;
+}
+
+NodeView NodeState::view_of(const std::string& name) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = peers_.find(name);
+  if (found == peers_.end() || !found->second.connected) {
+    throw Error(Code::kPeerLost, text("node '", name, "' is not connected"));
+  }
+  NodeView view = found->second.view;
+  // Its report is a little old; what this node asked for since then is known here.
+  view.read_queue_bytes = std::max<std::uint64_t>(view.read_queue_bytes, found->second.asked_bytes);
+  return view;
+}
+
+void NodeState::add_asked(const std::string& peer, std::int64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  peers_[peer].asked_bytes += bytes;
+}
+
+void NodeState::tick() {
+  tick_ = progress_->at(Clock::now() + kTick, [this] { tick(); });
+  std::erase_if(tasks_, [](const auto& weak) { return weak.expired(); });
+  report_view();
+  check_silence();
+  check_pulse(view());
+}
+
+void NodeState::report_view() {
+  NodeView mine = view();
+  const bool changed = mine.read_queue_bytes != reported_.read_queue_bytes || mine.free_slots != reported_.free_slots ||
+                       mine.reads_done != reported_.reads_done;
+  const auto now = Clock::now();
+  if (!changed && now - reported_at_ < seconds(options_.heartbeat_s)) return;
+  reported_ = mine;
+  reported_at_ = now;
+  std::vector<std::shared_ptr<Link>> links;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [name, peer] : peers_) links.insert(links.end(), peer.links.begin(), peer.links.end());
+  }
+  for (const auto& link : links) {
+    mine.link_bandwidth = sends_.bandwidth(*link);
+    mine.lane_bytes[0] = link->lane_bytes(Lane::kLow);
+    mine.lane_bytes[1] = link->lane_bytes(Lane::kHigh);
+    send(*link, ViewMessage{mine});
+  }
+}
+
+void NodeState::check_silence() {
+  const auto oldest = Clock::now() - seconds(options_.peer_silence_s);
+  std::vector<std::shared_ptr<Link>> silent;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [name, peer] : peers_) {
+      for (const auto& link : peer.links) {
+        if (link->open() && link->last_received() < oldest) silent.push_back(link);
+      }
+    }
+  }
+  for (const auto& link : silent) {
+    link->close({Code::kPeerLost, 0, text("nothing was heard from it for ", options_.peer_silence_s, " s")});
+  }
+}
+
+void NodeState::check_pulse(const NodeView& view) {
+  Pulse& pulse = pulses_[view.name];
+  const auto now = Clock::now();
+  if (view.reads_done != pulse.reads_done || view.read_queue_bytes == 0) {
+    pulse = {view.reads_done, now, false};
+  } else if (!pulse.reported && now - pulse.changed > seconds(options_.stall_s)) {
+    pulse.reported = true;
+    for_each_task([&](NodeTask& task) { task.on_stalled(view.name); });
+  }
+}
+
+NodeStats NodeState::stats() const {
+  NodeStats stats;
+  {
+    const std::lock_guard lock(mutex_);
+    stats = counters_;
+  }
+  stats.store = store_->stats();
+  stats.staging = pool_.stats();
+  stats.fallbacks = fallbacks_.counts();
+  for (const auto& [what, count] : stats.store.fallbacks) stats.fallbacks[what] += count;
+  progress_->run([&] {
+    stats.loads_active = static_cast<std::uint32_t>(loads_.size());
+    stats.loads_served = static_cast<std::uint32_t>(serves_.size());
+    const std::lock_guard lock(mutex_);
+    for (const auto& [name, peer] : peers_) {
+      for (const auto& link : peer.links) stats.links.push_back(link->stats());
+      if (peer.links.empty()) stats.links.push_back(peer.last_stats);
+    }
+  });
+  return stats;
+}
+
+// --- loads
+
+void NodeState::remove_load(std::uint64_t id, bool failed, std::uint32_t failovers) {
+  loads_.erase(id);
+  const std::lock_guard lock(mutex_);
+  ++(failed ? counters_.loads_failed : counters_.loads_done);
+  counters_.failovers += failovers;
+}
+
+std::shared_ptr<IncomingTask> NodeState::incoming(std::uint64_t load, Clock::time_point deadline) {
+  auto& task = incomings_[load];
+  if (!task) {
+    task = std::make_shared<IncomingTask>(*this, load);
+    add_task(task);
+  }
+  task->set_deadline(deadline);
+  return task;
+}
+
+void NodeState::on_message(Link& link, std::span<const std::byte> bytes) {
+  if (closing_) return;
+  const auto message = decode_message(bytes);
+  if (!message) {
+    on_hostile();
+    return link.close({Code::kRefused, 0, "the peer sent a malformed message"});
+  }
+  std::visit([&](const auto& m) { handle(link, m); }, *message);
+}
+
+void NodeState::handle(Link& link, const ViewMessage& message) {
+  NodeView view = message.view;
+  view.name = link.peer();
+  {
+    const std::lock_guard lock(mutex_);
+    peers_[link.peer()].view = view;
+  }
+  check_pulse(view);
+}
+
+void NodeState::handle(Link& link, const OpenLoad& message) {
+  const auto key = std::pair(link.peer(), message.load);
+  const auto waiting = incomings_.find(message.load);
+  const bool taken = serves_.contains(key) || (waiting != incomings_.end() && waiting->second->attached());
+  const bool valid = message.layers_per_read >= 1 && message.layers_per_read <= geometry_.layers() &&
+                     message.credit_layers <= geometry_.layers() && message.time_left_us <= 86'400'000'000;
+  if (taken || !valid || serves_.size() >= options_.max_loads) {
+    const Code code = taken || !valid ? Code::kInvalidArgument : Code::kNoSpace;
+    return send(link, CloseLoad{message.load, code, taken ? "this load is known already" : valid ? "too many loads are served here; raise `max_loads`" : "malformed load"});
+  }
+  const auto shared = [&]() -> std::shared_ptr<Link> {
+    const std::lock_guard lock(mutex_);
+    for (const auto& mine : peers_[link.peer()].links) {
+      if (mine.get() == &link) return mine;
+    }
+    return nullptr;
+  }();
+  if (!shared) return;
+  const auto task = ServeTask::begin(*this, shared, message);
+  if (!task->ended()) serves_[key] = task;
+}
+
+void NodeState::handle(Link& link, const LoadOpened& message) {
+  if (const auto load = loads_.find(message.load); load != loads_.end()) {
+    const auto task = load->second;
+    task->on_opened(link, message);
+  }
+}
+
+void NodeState::handle(Link& link, const ReadBlocks& message) {
+  const auto serve = serves_.find({link.peer(), message.load});
+  if (serve == serves_.end()) return;
+  const auto task = serve->second;
+  task->read(message);
+}
+
+void NodeState::handle(Link& link, const Credit& message) {
+  const auto serve = serves_.find({link.peer(), message.load});
+  if (serve == serves_.end()) return;
+  const auto task = serve->second;
+  task->credit(message.layers);
+}
+
+void NodeState::handle(Link& link, const BlocksFailed& message) {
+  if (const auto load = loads_.find(message.load); load != loads_.end()) {
+    const auto task = load->second;
+    task->on_blocks_failed(link, message);
+  }
+}
+
+void NodeState::handle(Link& link, const CloseLoad& message) {
+  if (const auto load = loads_.find(message.load); load != loads_.end()) {
+    const auto task = load->second;
+    return task->on_peer_closed(link, message);
+  }
+  const auto serve = serves_.find({link.peer(), message.load});
+  if (serve == serves_.end()) return;
+  const auto task = serve->second;
+  task->on_peer_closed(message);
+}
+
+}  // namespace dualkv

@@ -1,0 +1,123 @@
+// Grants and sends without a load around them.
+#include "node/transfer_tasks.h"
+
+#include "base/hash.h"
+#include "base/text.h"
+
+namespace dualkv {
+
+namespace {
+
+void check_ids(const PagedKv& cache, const std::vector<std::uint32_t>& ids, std::uint32_t layers, const char* call) {
+  if (cache.layers() != layers) throw Error(Code::kInvalidArgument, text(call, ": the cache has another number of layers"));
+  if (ids.empty()) throw Error(Code::kInvalidArgument, text(call, ": no block ids"));
+  for (std::uint32_t id : ids) {
+    if (id >= cache.block_count()) {
+      throw Error(Code::kInvalidArgument, text(call, ": block id ", id, " of ", cache.block_count(), " blocks"));
+    }
+  }
+}
+
+}  // namespace
+
+GrantTask::GrantTask(NodeState& node, std::string peer, std::shared_ptr<const PagedKv> into,
+                     std::vector<std::uint32_t> block_ids)
+    : node_(node), peer_(std::move(peer)), into_(std::move(into)), block_ids_(std::move(block_ids)),
+      milestones_(std::make_shared<Milestones>(node.geometry().layers())),
+      arrived_(node.geometry().layers() * block_ids_.size()),
+      layer_left_(node.geometry().layers(), static_cast<std::uint32_t>(block_ids_.size())),
+      layers_left_(node.geometry().layers()) {}
+
+std::shared_ptr<GrantTask> GrantTask::begin(NodeState& node, const std::string& peer,
+                                            std::shared_ptr<const PagedKv> into,
+                                            std::vector<std::uint32_t> block_ids, double deadline_s) {
+  check_ids(*into, block_ids, node.geometry().layers(), "grant");
+  if (!node.find_link(peer)) throw Error(Code::kPeerLost, text("grant: node '", peer, "' is not connected"));
+  std::shared_ptr<GrantTask> task(new GrantTask(node, peer, std::move(into), std::move(block_ids)));
+  task->id_ = node.grants().add(*task, peer);
+  node.add_task(task);
+  task->timer_ = node.progress().at(Clock::now() + seconds(deadline_s), [weak = std::weak_ptr(task)] {
+    if (const auto self = weak.lock()) self->end({Code::kTimeout, 0, "grant: not everything arrived by its deadline"});
+  });
+  return task;
+}
+
+void GrantTask::end(const Status& why) {
+  if (std::exchange(ended_, true)) return;
+  node_.progress().cancel(timer_);
+  node_.grants().remove(id_);
+  milestones_->fail(why);
+}
+
+std::size_t GrantTask::target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
+  if (ended_ || block >= block_ids_.size() || arrived_[layer * block_ids_.size() + block]) return 0;
+  return into_->extents(layer, block_ids_[block], out);
+}
+
+void GrantTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t, bool right) {
+  const auto keep = shared_from_this();
+  if (!right) return end({Code::kCorrupt, 0, text("grant: layer ", layer, " of block ", block, " arrived with a wrong checksum")});
+  arrived_[layer * block_ids_.size() + block] = true;
+  if (--layer_left_[layer] > 0) return;
+  milestones_->reach(layer);
+  if (--layers_left_ == 0) end({});
+}
+
+void GrantTask::on_link_closed(Link& link, const Status& why) {
+  if (link.peer() == peer_) end({Code::kPeerLost, why.os_errno, text("node '", peer_, "': ", why.message)});
+}
+
+Operation SendTask::begin(NodeState& node, const std::string& peer, SendRequest request) {
+  const std::uint32_t layers = node.geometry().layers();
+  check_ids(*request.source, request.block_ids, layers, "send_layers");
+  if (request.layers.count == 0 || std::uint64_t{request.layers.first} + request.layers.count > layers) {
+    throw Error(Code::kInvalidArgument, text("send_layers: layers ", request.layers.first, " + ",
+                                             request.layers.count, " of ", layers));
+  }
+  const auto link = node.find_link(peer);
+  if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
+  std::shared_ptr<SendTask> task(new SendTask(node));
+  task->self_ = task;
+  task->left_ = request.block_ids.size() * request.layers.count;
+  task->sender_ = std::make_unique<LayerSender>(
+      node.sends(), link, request.grant, request.lane,
+      [raw = task.get()](std::uint32_t, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
+        raw->left_ -= blocks.size();
+        if (!outcome.ok()) return raw->end({outcome.code, 0, "send_layers: the peer refused a write; is the grant still valid?"});
+        if (raw->left_ == 0) raw->end({});
+      });
+  node.add_task(task);
+  task->timer_ = node.progress().at(Clock::now() + seconds(request.deadline_s), [weak = std::weak_ptr(task)] {
+    if (const auto self = weak.lock()) self->end({Code::kTimeout, 0, "send_layers: not complete by its deadline"});
+  });
+  for (std::uint32_t layer = request.layers.first; layer < request.layers.first + request.layers.count; ++layer) {
+    for (std::uint32_t i = 0; i < request.block_ids.size(); ++i) {
+      WriteBlock write;
+      write.block = request.first_block + i;
+      write.extents = static_cast<std::uint32_t>(request.source->extents(layer, request.block_ids[i], write.source));
+      write.checksum = checksum(std::span<const Extent>(write.source).first(write.extents));
+      task->sender_->add(layer, std::move(write));
+    }
+  }
+  const Operation operation = task->operation_;
+  task->sender_->pump();
+  return operation;
+}
+
+void SendTask::on_link_closed(Link& link, const Status& why) {
+  if (sender_ && &sender_->link() == &link) end({Code::kPeerLost, why.os_errno, text("node '", link.peer(), "': ", why.message)});
+}
+
+void SendTask::end(const Status& why) {
+  if (!self_) return;
+  const auto keep = std::move(self_);
+  node_.progress().cancel(timer_);
+  sender_.reset();
+  if (why.ok()) {
+    operation_.milestones()->reach(0);
+  } else {
+    operation_.milestones()->fail(why);
+  }
+}
+
+}  // namespace dualkv

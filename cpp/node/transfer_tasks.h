@@ -1,0 +1,71 @@
+// GrantTask and SendTask: layer-wise sends on their own, for engines that orchestrate by themselves.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "dualkv/node.h"
+#include "node/layer_sender.h"
+#include "node/node_state.h"
+#include "transport/grants.h"
+
+namespace dualkv {
+
+// The receiving side. Progress thread; milestones() lock for themselves.
+class GrantTask : public NodeTask, public GrantSink, public std::enable_shared_from_this<GrantTask> {
+ public:
+  // Throws Error. Progress thread.
+  static std::shared_ptr<GrantTask> begin(NodeState& node, const std::string& peer, std::shared_ptr<const PagedKv> into,
+                                          std::vector<std::uint32_t> block_ids, double deadline_s);
+
+  std::uint64_t id() const { return id_; }
+  const std::shared_ptr<Milestones>& milestones() const { return milestones_; }
+  std::shared_ptr<NodeState> node() const { return node_.shared_from_this(); }
+  void end(const Status& why);
+
+  std::size_t target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) override;
+  void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
+               bool right) override;
+  void on_link_closed(Link& link, const Status& why) override;
+  void abort(const Status& why) override { end(why); }
+
+ private:
+  GrantTask(NodeState& node, std::string peer, std::shared_ptr<const PagedKv> into,
+            std::vector<std::uint32_t> block_ids);
+
+  NodeState& node_;
+  const std::string peer_;
+  const std::shared_ptr<const PagedKv> into_;
+  const std::vector<std::uint32_t> block_ids_;
+  const std::shared_ptr<Milestones> milestones_;
+  std::uint64_t id_ = 0;
+  std::vector<bool> arrived_;              // [layer][block]
+  std::vector<std::uint32_t> layer_left_;
+  std::uint32_t layers_left_;
+  Progress::TimerId timer_ = 0;
+  bool ended_ = false;
+};
+
+// The sending side; keeps itself alive until it has ended.
+class SendTask : public NodeTask, public std::enable_shared_from_this<SendTask> {
+ public:
+  // Throws Error. Progress thread.
+  static Operation begin(NodeState& node, const std::string& peer, SendRequest request);
+
+  void on_link_closed(Link& link, const Status& why) override;
+  void abort(const Status& why) override { end(why); }
+
+ private:
+  void end(const Status& why);
+
+  explicit SendTask(NodeState& node) : node_(node) {}
+
+  NodeState& node_;
+  Operation operation_;
+  std::unique_ptr<LayerSender> sender_;
+  std::uint64_t left_ = 0;
+  Progress::TimerId timer_ = 0;
+  std::shared_ptr<SendTask> self_;
+};
+
+}  // namespace dualkv

@@ -1,0 +1,73 @@
+// BlockDirectory: the files of one namespace - names, existence, use, removal, collection. Synchronous.
+#pragma once
+
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "base/fd.h"
+#include "dualkv/geometry.h"
+#include "dualkv/keys.h"
+#include "dualkv/operation.h"
+#include "dualkv/store.h"
+
+namespace dualkv {
+
+// Relative to the namespace directory: "ab/ab12....kv".
+std::string block_path(const Key& key);
+
+// Owns the directory's fd. Thread-safe.
+class BlockDirectory {
+ public:
+  // Creates the namespace directory, or checks that it holds blocks of this geometry. Throws Error.
+  BlockDirectory(const KvGeometry& geometry, const StoreOptions& options);
+
+  int fd() const { return directory_.get(); }
+  const std::string& path() const { return path_; }
+
+  bool contains(const Key& key) const;
+  std::size_t match(std::span<const Key> keys);
+  bool remove(const Key& key);
+  bool quarantine(const Key& key);
+
+  // Marks as used now; skips what was marked less than a quarter of the grace ago.
+  void touch(std::span<const Key> keys);
+  // A failed block is not advertised for forget_s, or until it is saved again.
+  void forget(const Key& key);
+  void learn(const Key& key);
+  // Pinned blocks are never evicted by this process.
+  void pin(const Key& key);
+  void unpin(const Key& key);
+
+  std::vector<Key> list() const;
+  // See Store::collect. `evicted` counts blocks.
+  std::optional<std::uint64_t> collect(std::uint64_t quota_bytes);
+
+ private:
+  struct File {
+    Key key;
+    Key parent;
+    std::uint64_t bytes;
+    timespec last_use;
+  };
+  void check_geometry_file() const;
+  std::vector<File> scan() const;
+  std::uint64_t evict(std::vector<File> files, std::uint64_t quota_bytes);
+  bool in_use(const File& file) const;
+  bool forgotten(const Key& key);
+
+  const KvGeometry geometry_;
+  const double grace_s_;
+  const double forget_s_;
+  std::string path_;
+  Fd directory_;
+  mutable std::mutex mutex_;
+  std::unordered_map<Key, Clock::time_point, KeyHash> forgotten_;
+  std::unordered_map<Key, Clock::time_point, KeyHash> touched_;
+  std::unordered_map<Key, int, KeyHash> pins_;
+};
+
+}  // namespace dualkv

@@ -1,0 +1,81 @@
+// BlockReader: asynchronous reads of block files into staging. Every backend passes one conformance suite.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "base/outcome.h"
+#include "dualkv/geometry.h"
+#include "dualkv/operation.h"
+#include "dualkv/store.h"
+
+namespace dualkv {
+
+// Reads `layers` of the file and its trailer to the same offsets of `slot` (as aligned extents that may cover more).
+struct ReadRequest {
+  std::uint64_t id = 0;
+  std::string path;  // relative to the namespace directory
+  LayerRange layers;
+  std::byte* slot = nullptr;  // file_bytes() long, borrowed until the completion is polled
+};
+
+struct ReadCompletion {
+  std::uint64_t id = 0;
+  Outcome outcome;
+  std::uint64_t bytes = 0;  // read from storage
+};
+
+// The byte runs of a file that a range of layers needs: one if they touch, else two (layers, trailer). Page aligned.
+struct FileRuns {
+  struct Run {
+    std::uint64_t offset;
+    std::uint64_t bytes;
+  };
+  Run runs[2];
+  int count = 0;
+};
+FileRuns file_runs(const KvGeometry& geometry, LayerRange layers);
+
+// Used on one thread. A short file is an error (kCorrupt); a missing one is kNotFound.
+class BlockReader {
+ public:
+  virtual ~BlockReader() = default;
+  // False if the backend is full: poll, then try again. The request is copied.
+  virtual bool try_submit(const ReadRequest& request) noexcept = 0;
+  // Starts what was submitted since the last flush (one syscall for all of it, where the backend batches).
+  virtual void flush() noexcept = 0;
+  // Takes finished requests; returns how many.
+  virtual std::size_t poll(std::span<ReadCompletion> out) noexcept = 0;
+  // Readable when poll may return something.
+  virtual int event_fd() const = 0;
+  // Waits until the kernel can no longer write to any slot, at most until `deadline`. False if it still can: then
+  // neither this reader nor the slots may be freed.
+  virtual bool drain(Clock::time_point deadline) noexcept = 0;
+  // When to try again if nothing else happens (a limiter out of tokens, a delayed completion).
+  virtual std::optional<Clock::time_point> next_wake() const { return std::nullopt; }
+};
+
+// How block files are opened, probed once per store.
+struct FileAccess {
+  int directory_fd = -1;
+  bool direct = false;
+  std::uint32_t alignment = 1;
+};
+
+// Throws Error(kUnsupported), naming the cure, where the kernel or the build has no io_uring. `registered` tells
+// whether `memory` is registered with the ring.
+std::unique_ptr<BlockReader> make_uring_reader(const KvGeometry& geometry, const FileAccess& access,
+                                               std::span<std::byte> memory, std::uint32_t depth, bool* registered);
+std::unique_ptr<BlockReader> make_pread_reader(const KvGeometry& geometry, const FileAccess& access,
+                                               std::uint32_t depth);
+// Paces submissions to bytes_per_s, as a storage NIC of that speed would.
+std::unique_ptr<BlockReader> make_limited_reader(std::unique_ptr<BlockReader> inner, const KvGeometry& geometry,
+                                                 std::uint64_t bytes_per_s);
+std::unique_ptr<BlockReader> make_faulty_reader(std::unique_ptr<BlockReader> inner, const KvGeometry& geometry,
+                                                const ReadFaults& faults);
+
+}  // namespace dualkv

@@ -1,0 +1,177 @@
+// The read queue's loop: submit, poll, verify, report.
+#include "storage/read_queue.h"
+
+#include <sys/epoll.h>
+
+#include <array>
+
+#include "base/text.h"
+#include "storage/block_format.h"
+
+namespace dualkv {
+
+namespace {
+
+constexpr auto kDrainTime = std::chrono::seconds(5);
+
+std::uint64_t job_bytes(const KvGeometry& geometry, LayerRange layers) {
+  return geometry.layer_offset(layers.first + layers.count) - geometry.layer_offset(layers.first);
+}
+
+std::string explain(const ReadCompletion& completion) {
+  switch (completion.outcome.code) {
+    case Code::kNotFound: return "not stored";
+    case Code::kCorrupt: return text("file is shorter than its geometry (", completion.bytes, " bytes read)");
+    default: return "read failed";
+  }
+}
+
+}  // namespace
+
+ReadQueue::ReadQueue(Progress& progress, const KvGeometry& geometry, BlockDirectory& directory, StagingPool pool,
+                     std::unique_ptr<BlockReader> reader)
+    : progress_(progress), geometry_(geometry), directory_(directory), pool_(std::move(pool)),
+      reader_(std::move(reader)) {
+  progress_.watch(reader_->event_fd(), EPOLLIN, [this](std::uint32_t) { poll(); });
+}
+
+ReadQueue::~ReadQueue() { close(); }
+
+void ReadQueue::close() {
+  if (!reader_) return;
+  progress_.unwatch(reader_->event_fd());
+  progress_.cancel(wake_);
+  waiting_.clear();
+  for (auto& [id, job] : running_) directory_.unpin(job.key);
+  if (!reader_->drain(Clock::now() + kDrainTime)) {
+    // Storage does not answer, and the kernel may write to these slots whenever it does: they are never freed.
+    new auto(std::move(running_));
+    reader_.release();
+  }
+  running_.clear();
+  reader_.reset();
+}
+
+void ReadQueue::submit(ReadJob job) {
+  if (!reader_) return;
+  {
+    const std::lock_guard lock(counters_mutex_);
+    counters_.queue_bytes += job_bytes(geometry_, job.layers);
+  }
+  waiting_.push_back(std::move(job));
+}
+
+bool ReadQueue::start(ReadJob& job) {
+  if (!job.slot) job.slot = pool_.try_acquire(SlotUse::kTransit);
+  if (!job.slot) return false;
+  const std::uint64_t id = next_id_;
+  if (!reader_->try_submit({id, block_path(job.key), job.layers, job.slot.get()})) return false;
+  ++next_id_;
+  directory_.pin(job.key);
+  running_.emplace(id, std::move(job));
+  return true;
+}
+
+void ReadQueue::pump() {
+  if (!reader_) return;
+  bool any = false;
+  while (!waiting_.empty() && start(waiting_.front())) {
+    waiting_.pop_front();
+    any = true;
+  }
+  if (any) {
+    if (window_begin_ == Clock::time_point{}) window_begin_ = Clock::now();
+    reader_->flush();
+  }
+  schedule_wake();
+}
+
+void ReadQueue::poll() {
+  std::array<ReadCompletion, 32> completions;
+  std::size_t count;
+  do {
+    count = reader_->poll(completions);
+    for (std::size_t i = 0; i < count; ++i) complete(completions[i]);
+  } while (count == completions.size());
+  pump();
+}
+
+void ReadQueue::complete(const ReadCompletion& completion) {
+  auto node = running_.extract(completion.id);
+  ReadJob& job = node.mapped();
+  directory_.unpin(job.key);
+  const std::uint64_t bytes = job_bytes(geometry_, job.layers);
+  ReadResult result{completion.outcome, {}, std::move(job.slot)};
+  if (!result.outcome.ok()) {
+    result.reason = explain(completion);
+  } else if (job.done) {
+    result.reason = check_image(geometry_, job.key, {result.slot.get(), geometry_.file_bytes()}, job.layers);
+    if (!result.reason.empty()) result.outcome = {Code::kCorrupt, 0};
+  }
+  measure(bytes);
+  {
+    const std::lock_guard lock(counters_mutex_);
+    counters_.queue_bytes -= bytes;
+    ++counters_.blocks;
+    counters_.bytes += completion.bytes;
+    counters_.errors += !result.outcome.ok();
+    counters_.corrupt += result.outcome.code == Code::kCorrupt;
+  }
+  if (job.done) job.done(std::move(result));
+}
+
+// Bandwidth counts only while there is something to read; windows of 20 ms, each worth 30 %.
+void ReadQueue::measure(std::uint64_t bytes) {
+  constexpr double kWindowSeconds = 0.02;
+  constexpr double kWeight = 0.3;
+  window_bytes_ += bytes;
+  const auto now = Clock::now();
+  const double seconds = std::chrono::duration<double>(now - window_begin_).count();
+  const bool idle = waiting_.empty() && running_.empty();
+  if (seconds >= kWindowSeconds) {
+    const double rate = static_cast<double>(window_bytes_) / seconds;
+    const std::lock_guard lock(counters_mutex_);
+    const double old = static_cast<double>(counters_.bandwidth);
+    counters_.bandwidth = static_cast<std::uint64_t>(old == 0 ? rate : old + kWeight * (rate - old));
+    window_begin_ = now;
+    window_bytes_ = 0;
+  }
+  if (idle) {
+    window_begin_ = {};
+    window_bytes_ = 0;
+  }
+}
+
+void ReadQueue::cancel(std::uint64_t owner) {
+  std::uint64_t dropped = 0;
+  std::erase_if(waiting_, [&](const ReadJob& job) {
+    if (job.owner != owner) return false;
+    dropped += job_bytes(geometry_, job.layers);
+    return true;
+  });
+  for (auto& [id, job] : running_) {
+    if (job.owner == owner) job.done = nullptr;
+  }
+  const std::lock_guard lock(counters_mutex_);
+  counters_.queue_bytes -= dropped;
+}
+
+void ReadQueue::schedule_wake() {
+  const auto next = reader_->next_wake();
+  if (wake_ != 0 && next && wake_at_ <= *next) return;
+  progress_.cancel(wake_);
+  wake_ = 0;
+  if (!next) return;
+  wake_at_ = *next;
+  wake_ = progress_.at(*next, [this] {
+    wake_ = 0;
+    poll();
+  });
+}
+
+ReadCounters ReadQueue::counters() const {
+  const std::lock_guard lock(counters_mutex_);
+  return counters_;
+}
+
+}  // namespace dualkv

@@ -1,0 +1,81 @@
+// ReadQueue: FIFO of block reads of one node - finds each a slot, submits, verifies, accounts.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <unordered_map>
+
+#include "base/progress.h"
+#include "dualkv/keys.h"
+#include "dualkv/staging.h"
+#include "storage/block_directory.h"
+#include "storage/block_reader.h"
+
+namespace dualkv {
+
+struct ReadResult {
+  Outcome outcome;
+  std::string reason;  // of a failure: what is wrong with the block
+  Slot slot;           // holds the verified layers and the trailer
+};
+
+struct ReadJob {
+  std::uint64_t owner = 0;  // for cancel()
+  Key key;
+  LayerRange layers;
+  Slot slot;  // null: one is taken from the pool when the job's turn comes
+  std::function<void(ReadResult)> done;  // on the progress thread
+};
+
+struct ReadCounters {
+  std::uint64_t blocks = 0, bytes = 0, errors = 0, corrupt = 0;
+  std::uint64_t queue_bytes = 0;
+  std::uint64_t bandwidth = 0;
+};
+
+// Lives on the progress thread. Slots of submitted reads are held until the backend is done with them, also when the
+// owner has cancelled.
+class ReadQueue {
+ public:
+  // Everything passed by reference must outlive the queue.
+  ReadQueue(Progress& progress, const KvGeometry& geometry, BlockDirectory& directory, StagingPool pool,
+            std::unique_ptr<BlockReader> reader);
+  ~ReadQueue();
+
+  // Drops what is waiting and waits (seconds at most) for what the kernel has. Later calls do nothing.
+  void close();
+  void submit(ReadJob job);
+  // Starts what was submitted, as far as slots and the backend allow.
+  void pump();
+  // Forgets the owner's jobs: their callbacks are not called.
+  void cancel(std::uint64_t owner);
+  // Safe from any thread.
+  ReadCounters counters() const;
+
+ private:
+  bool start(ReadJob& job);
+  void poll();
+  void complete(const ReadCompletion& completion);
+  void measure(std::uint64_t bytes);
+  void schedule_wake();
+
+  Progress& progress_;
+  const KvGeometry geometry_;
+  BlockDirectory& directory_;
+  StagingPool pool_;
+  std::unique_ptr<BlockReader> reader_;
+  std::deque<ReadJob> waiting_;
+  std::unordered_map<std::uint64_t, ReadJob> running_;
+  std::uint64_t next_id_ = 1;
+  Progress::TimerId wake_ = 0;
+  Clock::time_point wake_at_{};
+  Clock::time_point window_begin_{};
+  std::uint64_t window_bytes_ = 0;
+  mutable std::mutex counters_mutex_;
+  ReadCounters counters_;
+};
+
+}  // namespace dualkv

@@ -1,0 +1,83 @@
+// Grant look-up and the placement and verification of received Layer Blocks.
+#include "transport/grants.h"
+
+#include <algorithm>
+#include <array>
+
+#include "base/hash.h"
+
+namespace dualkv {
+
+namespace {
+
+// Bytes nobody wants are read into here. Its content is never looked at; one per thread, so no two readers share it.
+std::span<std::byte> discard_area() {
+  thread_local std::array<std::byte, 64 * 1024> area;
+  return area;
+}
+
+using Extents = std::array<Extent, PagedKv::kMaxPlanes>;
+
+}  // namespace
+
+std::uint64_t GrantTable::add(GrantSink& sink, const std::string& peer) {
+  const std::uint64_t grant = random_u64();
+  grants_[grant] = {&sink, peer};
+  return grant;
+}
+
+GrantSink* GrantTable::find(std::uint64_t grant, const std::string& peer) const {
+  const auto found = grants_.find(grant);
+  return found != grants_.end() && found->second.peer == peer ? found->second.sink : nullptr;
+}
+
+InboundWrite::InboundWrite(GrantTable& grants, std::string peer, WriteHeader header)
+    : grants_(grants), peer_(std::move(peer)), header_(std::move(header)),
+      layer_bytes_(grants.geometry().layer_bytes(header_.layer)), left_(layer_bytes_ * header_.entries.size()) {}
+
+std::size_t InboundWrite::next(std::span<iovec> out) {
+  GrantSink* sink = grants_.find(header_.grant, peer_);
+  const std::uint64_t total = layer_bytes_ * header_.entries.size();
+  std::uint64_t at = total - left_;
+  std::size_t pieces = 0;
+  while (at < total && pieces + PagedKv::kMaxPlanes <= out.size()) {
+    const std::uint32_t block = header_.entries[at / layer_bytes_].block;
+    std::uint64_t skip = at % layer_bytes_;
+    Extents extents;
+    const std::size_t count = sink ? sink->target(header_.layer, block, extents) : 0;
+    if (count == 0) {
+      const std::uint64_t bytes = std::min<std::uint64_t>(layer_bytes_ - skip, discard_area().size());
+      out[pieces++] = {discard_area().data(), bytes};
+      at += bytes;
+      continue;
+    }
+    for (const Extent& extent : std::span(extents).first(count)) {
+      const std::uint64_t passed = std::min(skip, extent.bytes);
+      skip -= passed;
+      if (passed == extent.bytes) continue;
+      out[pieces++] = {extent.data + passed, extent.bytes - passed};
+      at += extent.bytes - passed;
+    }
+  }
+  return pieces;
+}
+
+void InboundWrite::advance(std::uint64_t bytes) { left_ -= bytes; }
+
+Outcome InboundWrite::finish() {
+  Outcome outcome;
+  for (const WriteEntry& entry : header_.entries) {
+    // Looked up for each block: handing over one may end the load and its grant.
+    GrantSink* sink = grants_.find(header_.grant, peer_);
+    if (sink == nullptr) return {Code::kRefused, 0};
+    Extents extents;
+    const std::size_t count = sink->target(header_.layer, entry.block, extents);
+    if (count == 0) continue;
+    const bool right = !failed_ && checksum(std::span<const Extent>(extents).first(count)) == entry.checksum;
+    if (!right) outcome = {Code::kCorrupt, 0};
+    sink->arrived(peer_, header_.layer, entry.block, entry.checksum, right);
+  }
+  return outcome;
+}
+
+}  // namespace dualkv

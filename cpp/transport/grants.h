@@ -1,0 +1,77 @@
+// Grants: which peer may write which Layer Blocks of this node, and the receiving half of a write.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "dualkv/geometry.h"
+#include "dualkv/paged_kv.h"
+#include "transport/wire.h"
+
+namespace dualkv {
+
+// Decides where blocks of a grant go. Implemented by loads; called on the progress thread.
+class GrantSink {
+ public:
+  virtual ~GrantSink() = default;
+  // Extents of a Layer Block, or 0 if it is not wanted (there already, or taken back): its bytes are discarded.
+  virtual std::size_t target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) = 0;
+  // The bytes are in place and their checksum is `right`. target() is 0 for the block from now on, if it was.
+  virtual void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
+                       bool right) = 0;
+};
+
+// Progress thread only. A sink must be removed before it dies.
+class GrantTable {
+ public:
+  explicit GrantTable(const KvGeometry& geometry) : geometry_(geometry) {}
+
+  // Returns the new grant's unguessable id. Only `peer` may use it.
+  std::uint64_t add(GrantSink& sink, const std::string& peer);
+  void remove(std::uint64_t grant) { grants_.erase(grant); }
+  // Null if there is no such grant for this peer.
+  GrantSink* find(std::uint64_t grant, const std::string& peer) const;
+  const KvGeometry& geometry() const { return geometry_; }
+
+ private:
+  struct Entry {
+    GrantSink* sink;
+    std::string peer;
+  };
+  const KvGeometry geometry_;
+  std::unordered_map<std::uint64_t, Entry> grants_;
+};
+
+// A write being received: says where the next bytes go, and checks them at the end. Targets are looked up again for
+// every piece, so a grant that is revoked in the middle stops receiving at once.
+class InboundWrite {
+ public:
+  static constexpr std::size_t kMaxPieces = 64;
+
+  InboundWrite(GrantTable& grants, std::string peer, WriteHeader header);
+
+  const WriteHeader& header() const { return header_; }
+  std::uint64_t bytes_left() const { return left_; }
+  // Where the next bytes go, in order; at most kMaxPieces pieces of the bytes left.
+  std::size_t next(std::span<iovec> out);
+  void advance(std::uint64_t bytes);
+  // The bytes still missing can't be had: they count as wrong.
+  void give_up() { failed_ = true; }
+  // Verifies and hands over. kRefused if the grant does not allow this peer, kCorrupt if a block was wrong.
+  Outcome finish();
+
+ private:
+  GrantTable& grants_;
+  const std::string peer_;
+  const WriteHeader header_;
+  const std::uint64_t layer_bytes_;
+  std::uint64_t left_;
+  bool failed_ = false;
+};
+
+}  // namespace dualkv

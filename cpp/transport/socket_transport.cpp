@@ -1,0 +1,662 @@
+// tcp and shm: links made of several channels. tcp carries Layer Blocks inline; shm passes references, and the
+// receiver pulls the bytes out of the sender's memory with process_vm_readv - one copy, no socket, any memory.
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <unordered_map>
+
+#include "base/text.h"
+#include "transport/channel.h"
+#include "transport/handshake.h"
+#include "transport/transport.h"
+
+namespace dualkv {
+
+namespace {
+
+constexpr std::uint64_t kMaxQueuedMessageBytes = 16u << 20;  // a peer that reads nothing is lost
+constexpr std::size_t kMaxUnproven = 256;                    // connections in handshake
+
+std::string own_text(std::span<const std::byte> body) {
+  return {reinterpret_cast<const char*>(body.data()), body.size()};
+}
+
+// Reads another process's memory. Returns bytes read, 0 on failure.
+std::uint64_t pull(pid_t pid, std::span<const iovec> local, std::span<const iovec> remote) {
+  const ssize_t got = process_vm_readv(pid, local.data(), local.size(), remote.data(), remote.size(), 0);
+  return got > 0 ? static_cast<std::uint64_t>(got) : 0;
+}
+
+}  // namespace
+
+class SocketLink : public Link, public ChannelOwner, public std::enable_shared_from_this<SocketLink> {
+ public:
+  SocketLink(Progress& progress, GrantTable& grants, LinkEvents& events, Scheme scheme, const TransportOptions& options,
+             std::string peer)
+      : progress_(progress), grants_(grants), events_(events), scheme_(scheme), options_(options),
+        peer_(std::move(peer)), last_received_(Clock::now()) {}
+
+  // Adds a proven channel; true once the link is complete.
+  bool attach(const std::shared_ptr<Channel>& channel, ChannelRole role, pid_t pid) {
+    channel->set_owner(*this);
+    channel->set_reading(false);
+    pid_ = pid;
+    if (role == ChannelRole::kControl) {
+      control_ = channel;
+    } else {
+      lanes_[static_cast<int>(role)].push_back(channel);
+    }
+    return control_ && lanes_[0].size() == options_.channels_per_lane && lanes_[1].size() == options_.channels_per_lane;
+  }
+
+  void start() {
+    open_ = true;
+    last_received_ = Clock::now();
+    events_.on_open(shared_from_this());
+    for_each_channel([](Channel& channel) { channel.set_reading(true); });
+  }
+
+  const std::string& peer() const override { return peer_; }
+  bool open() const override { return open_; }
+  Clock::time_point last_received() const override { return last_received_; }
+  std::uint64_t lane_bytes(Lane lane) const override { return lane_bytes_[static_cast<int>(lane)]; }
+
+  void send(std::span<const std::byte> message) override {
+    if (!open_) return;
+    control_->send(FrameType::kMessage, message);
+    if (control_->queued_bytes() > kMaxQueuedMessageBytes) close({Code::kPeerLost, 0, "the peer reads no messages"});
+  }
+
+  bool try_write(LayerWrite& write) override {
+    const std::uint64_t bytes = write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
+    std::uint64_t& in_flight = lane_bytes_[static_cast<int>(write.lane)];
+    // A single write may exceed the window, or a block larger than the window could never be sent.
+    if (!open_ || (in_flight > 0 && in_flight + bytes > options_.window_bytes)) return false;
+    auto& channels = lanes_[static_cast<int>(write.lane)];
+    const auto channel = std::min_element(channels.begin(), channels.end(), [](const auto& a, const auto& b) {
+      return a->queued_bytes() < b->queued_bytes();
+    });
+    in_flight += bytes;
+    (*channel)->send(frame_of(write));
+    pending_.emplace(write.id, Pending{std::move(write), bytes, *channel});
+    return true;
+  }
+
+  void withdraw(std::uint64_t owner) override {
+    for (auto item = pending_.begin(); item != pending_.end();) {
+      const Pending& pending = item->second;
+      if (pending.write.owner != owner) {
+        ++item;
+        continue;
+      }
+      pending.channel->withdraw(pending.write.id);
+      lane_bytes_[static_cast<int>(pending.write.lane)] -= pending.bytes;
+      item = pending_.erase(item);
+    }
+  }
+
+  void close(Status why) override {
+    if (closed_) return;
+    closed_ = true;
+    const bool was_open = std::exchange(open_, false);
+    for_each_channel([&](Channel& channel) { channel.close(why); });
+    if (!was_open) return;
+    // Posted, so that whoever closes a link is not called back in the middle of its own work.
+    progress_.post([self = shared_from_this(), why] {
+      self->pending_.clear();
+      self->events_.on_closed(*self, why);
+    });
+  }
+
+  LinkStats stats() const override {
+    LinkStats stats = stats_;
+    stats.peer = peer_;
+    stats.transport = to_string(scheme_);
+    stats.connected = open_;
+    return stats;
+  }
+
+  bool on_frame(Channel& channel, FrameType type, std::span<const std::byte> body) override {
+    last_received_ = Clock::now();
+    switch (type) {
+      case FrameType::kMessage:
+        if (&channel != control_.get()) return false;
+        events_.on_message(*this, body);
+        return true;
+      case FrameType::kWrite:
+      case FrameType::kWriteRef: return on_write(channel, type, body);
+      case FrameType::kWriteDone: return on_done(body);
+      default: return false;
+    }
+  }
+
+  void on_payload(Channel& channel, InboundWrite& write) override {
+    last_received_ = Clock::now();
+    const Outcome outcome = write.finish();
+    stats_.bytes_received += write.header().entries.size() * grants_.geometry().layer_bytes(write.header().layer);
+    stats_.writes_rejected += outcome.code == Code::kRefused;
+    stats_.writes_corrupt += outcome.code == Code::kCorrupt;
+    channel.send(FrameType::kWriteDone, encode_write_done({write.header().id, outcome.code}));
+  }
+
+  void on_channel_closed(Channel&, const Status& why, bool hostile) override {
+    if (hostile) events_.on_hostile();
+    close(why);
+  }
+
+ private:
+  struct Pending {
+    LayerWrite write;
+    std::uint64_t bytes;
+    std::shared_ptr<Channel> channel;
+  };
+
+  template <typename Visit>
+  void for_each_channel(Visit visit) {
+    if (control_) visit(*control_);
+    for (int lane = 0; lane < kLaneCount; ++lane) {
+      for (const auto& channel : lanes_[lane]) visit(*channel);
+    }
+  }
+
+  OutFrame frame_of(const LayerWrite& write) {
+    const bool inline_bytes = scheme_ == Scheme::kTcp;
+    WriteHeader header{write.id, write.grant, write.layer, inline_bytes ? 0 : write.blocks[0].extents, {}};
+    OutFrame frame;
+    frame.write_id = write.id;
+    for (const WriteBlock& block : write.blocks) {
+      header.entries.push_back({block.block, block.checksum, block.source});
+      if (!inline_bytes) continue;
+      for (std::uint32_t i = 0; i < block.extents; ++i) add_piece(frame, block.source[i]);
+    }
+    frame.head = encode_frame(inline_bytes ? FrameType::kWrite : FrameType::kWriteRef, encode_write(header));
+    stats_.bytes_sent[static_cast<int>(write.lane)] +=
+        write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
+    return frame;
+  }
+
+  // Adjacent blocks coalesce.
+  static void add_piece(OutFrame& frame, const Extent& extent) {
+    if (!frame.payload.empty()) {
+      iovec& last = frame.payload.back();
+      if (static_cast<std::byte*>(last.iov_base) + last.iov_len == extent.data) {
+        last.iov_len += extent.bytes;
+        return;
+      }
+    }
+    frame.payload.push_back({extent.data, extent.bytes});
+  }
+
+  bool on_write(Channel& channel, FrameType type, std::span<const std::byte> body) {
+    if (type != (scheme_ == Scheme::kTcp ? FrameType::kWrite : FrameType::kWriteRef)) return false;
+    auto header = decode_write(body, type, grants_.geometry());
+    if (!header) return false;
+    auto write = std::make_unique<InboundWrite>(grants_, peer_, std::move(*header));
+    if (type == FrameType::kWrite) {
+      channel.receive(std::move(write));
+    } else {
+      pull_all(*write);
+      on_payload(channel, *write);
+    }
+    return true;
+  }
+
+  void pull_all(InboundWrite& write) {
+    const std::uint64_t layer_bytes = grants_.geometry().layer_bytes(write.header().layer);
+    const std::uint64_t total = layer_bytes * write.header().entries.size();
+    while (write.bytes_left() > 0) {
+      std::array<iovec, InboundWrite::kMaxPieces> local, remote;
+      const std::size_t locals = write.next(local);
+      std::uint64_t wanted = 0;
+      for (std::size_t i = 0; i < locals; ++i) wanted += local[i].iov_len;
+      const std::size_t remotes = sources(write.header(), total - write.bytes_left(), wanted, layer_bytes, remote);
+      const std::uint64_t got =
+          pull(pid_, std::span<const iovec>(local).first(locals), std::span<const iovec>(remote).first(remotes));
+      if (got == 0) return write.give_up();
+      write.advance(got);
+    }
+  }
+
+  // The sender's extents of bytes [at, at + wanted) of a write.
+  static std::size_t sources(const WriteHeader& header, std::uint64_t at, std::uint64_t wanted,
+                             std::uint64_t layer_bytes, std::span<iovec> out) {
+    std::size_t count = 0;
+    while (wanted > 0 && count < out.size() && at / layer_bytes < header.entries.size()) {
+      const WriteEntry& entry = header.entries[at / layer_bytes];
+      std::uint64_t skip = at % layer_bytes;
+      for (std::uint32_t i = 0; i < header.extents && wanted > 0 && count < out.size(); ++i) {
+        const Extent& extent = entry.source[i];
+        const std::uint64_t passed = std::min(skip, extent.bytes);
+        skip -= passed;
+        const std::uint64_t bytes = std::min(extent.bytes - passed, wanted);
+        if (bytes == 0) continue;
+        out[count++] = {extent.data + passed, bytes};
+        at += bytes;
+        wanted -= bytes;
+      }
+    }
+    return count;
+  }
+
+  bool on_done(std::span<const std::byte> body) {
+    const auto done = decode_write_done(body);
+    if (!done) return false;
+    const auto node = pending_.extract(done->id);
+    if (node.empty()) return true;  // withdrawn
+    lane_bytes_[static_cast<int>(node.mapped().write.lane)] -= node.mapped().bytes;
+    events_.on_write_done(*this, done->id, {done->code, 0});
+    return true;
+  }
+
+  Progress& progress_;
+  GrantTable& grants_;
+  LinkEvents& events_;
+  const Scheme scheme_;
+  const TransportOptions options_;
+  const std::string peer_;
+  std::shared_ptr<Channel> control_;
+  std::vector<std::shared_ptr<Channel>> lanes_[kLaneCount];
+  pid_t pid_ = 0;
+  bool open_ = false;
+  bool closed_ = false;
+  Clock::time_point last_received_;
+  std::unordered_map<std::uint64_t, Pending> pending_;
+  std::uint64_t lane_bytes_[kLaneCount] = {0, 0};
+  LinkStats stats_;
+};
+
+namespace {
+
+class SocketTransport : public Transport {
+ public:
+  SocketTransport(Scheme scheme, Progress& progress, GrantTable& grants, LinkEvents& events,
+                  const TransportOptions& options)
+      : scheme_(scheme), progress_(progress), grants_(grants), events_(events), options_(options),
+        probe_(random_u64()) {
+    if (scheme == Scheme::kShm) options_.channels_per_lane = 1;  // the channel carries references only
+  }
+
+  ~SocketTransport() override { close(); }
+
+  std::string listen(const Address& address) override;
+  void connect(const Address& address, Connected done) override;
+  void close() override;
+
+ private:
+  // One side's view of a connection that has not proved itself.
+  struct Handshake : ChannelOwner, std::enable_shared_from_this<Handshake> {
+    SocketTransport* transport = nullptr;
+    std::shared_ptr<Channel> channel;
+    bool connector = false;
+    Hello mine, theirs;
+    bool heard = false;  // theirs is filled in
+    pid_t pid = 0;
+    Progress::TimerId timer = 0;
+    std::shared_ptr<struct Dial> dial;  // connector only
+
+    bool on_frame(Channel&, FrameType type, std::span<const std::byte> body) override {
+      return transport->on_handshake(shared_from_this(), type, body);
+    }
+    void on_payload(Channel&, InboundWrite&) override {}
+    void on_channel_closed(Channel&, const Status& why, bool hostile) override {
+      if (hostile) transport->events_.on_hostile();
+      transport->end(shared_from_this(), why);
+    }
+  };
+
+  Hello hello(std::uint64_t session, ChannelRole role, std::uint8_t index) const;
+  void begin(Fd fd, const Hello& mine, std::shared_ptr<Dial> dial);
+  void dial_channel(const std::shared_ptr<Dial>& dial, ChannelRole role, std::uint8_t index);
+  void accept_all(int fd);
+  bool on_handshake(const std::shared_ptr<Handshake>& shake, FrameType type, std::span<const std::byte> body);
+  bool on_hello(Handshake& shake, std::span<const std::byte> body);
+  bool on_challenge(const std::shared_ptr<Handshake>& shake, std::span<const std::byte> body);
+  bool on_proof(const std::shared_ptr<Handshake>& shake, std::span<const std::byte> body);
+  void refuse(const std::shared_ptr<Handshake>& shake, const std::string& why);
+  // Empty if the two can work together; else why not.
+  std::string disagreement(const Handshake& shake) const;
+  std::string probe(Handshake& shake) const;
+  void proven(const std::shared_ptr<Handshake>& shake);
+  void expire_partial(const std::pair<std::string, std::uint64_t>& key);
+  void forget(const std::shared_ptr<Handshake>& shake);
+  void end(const std::shared_ptr<Handshake>& shake, const Status& why);
+  void mark_lane(int fd, ChannelRole role);
+
+  const Scheme scheme_;
+  Progress& progress_;
+  GrantTable& grants_;
+  LinkEvents& events_;
+  TransportOptions options_;
+  const std::uint64_t probe_;
+  std::map<int, Fd> listeners_;
+  std::vector<std::string> socket_paths_;
+  std::vector<std::shared_ptr<Handshake>> shakes_;
+  std::map<std::pair<std::string, std::uint64_t>, std::shared_ptr<SocketLink>> partial_;
+  std::vector<std::weak_ptr<SocketLink>> links_;
+};
+
+// A connection attempt: all channels of one link.
+struct Dial {
+  Address address;
+  Transport::Connected done;
+  std::uint64_t session = 0;
+  std::shared_ptr<SocketLink> link;
+  bool ended = false;
+
+  void end(Status status, const std::string& peer) {
+    if (std::exchange(ended, true)) return;
+    if (!status.ok() && link) link->close(status);
+    done(std::move(status), peer);
+  }
+};
+
+Fd make_socket(const Address& address) {
+  Fd fd(socket(address.socket.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd.valid()) throw Error(Code::kIo, text("address '", address.text, "': socket"), errno);
+  return fd;
+}
+
+std::string SocketTransport::listen(const Address& address) {
+  Fd fd = make_socket(address);
+  const auto* target = reinterpret_cast<const sockaddr*>(&address.socket);
+  const int one = 1;
+  if (scheme_ == Scheme::kTcp) setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+  if (bind(fd.get(), target, address.socket_bytes) != 0 || ::listen(fd.get(), 128) != 0) {
+    throw Error(Code::kIo, text("cannot listen on '", address.text, "'; is it taken, or the socket's folder missing?"),
+                errno);
+  }
+  std::string reachable = address.text;
+  if (scheme_ == Scheme::kTcp) {
+    sockaddr_storage bound{};
+    socklen_t bytes = sizeof(bound);
+    getsockname(fd.get(), reinterpret_cast<sockaddr*>(&bound), &bytes);
+    const int port = ntohs(reinterpret_cast<const sockaddr_in&>(bound).sin_port);  // same place for IPv6
+    reachable = address.text.substr(0, address.text.rfind(':') + 1) + std::to_string(port);
+  } else {
+    socket_paths_.push_back(reinterpret_cast<const sockaddr_un&>(address.socket).sun_path);
+  }
+  const int raw = fd.get();
+  progress_.watch(raw, EPOLLIN, [this, raw](std::uint32_t) { accept_all(raw); });
+  listeners_.emplace(raw, std::move(fd));
+  return reachable;
+}
+
+void SocketTransport::close() {
+  for (const auto& [fd, owner] : listeners_) progress_.unwatch(fd);
+  listeners_.clear();
+  for (const std::string& path : std::exchange(socket_paths_, {})) unlink(path.c_str());
+  const Status why{Code::kCancelled, 0, "this node is closing"};
+  for (const auto& shake : std::vector(shakes_)) shake->channel->close(why);
+  for (const auto& [key, link] : std::exchange(partial_, {})) link->close(why);
+  for (const auto& weak : std::exchange(links_, {})) {
+    if (const auto link = weak.lock()) link->close(why);
+  }
+}
+
+Hello SocketTransport::hello(std::uint64_t session, ChannelRole role, std::uint8_t index) const {
+  Hello mine;
+  mine.name = options_.name;
+  mine.fingerprint = grants_.geometry().fingerprint();
+  mine.geometry = grants_.geometry().describe();
+  mine.session = session;
+  mine.role = role;
+  mine.index = index;
+  mine.channels_per_lane = static_cast<std::uint8_t>(options_.channels_per_lane);
+  fill_random(mine.nonce);
+  if (scheme_ == Scheme::kShm) {
+    mine.probe_address = reinterpret_cast<std::uint64_t>(&probe_);
+    mine.probe_value = probe_;
+  }
+  return mine;
+}
+
+// Low-latency, and marked for the lane on the wire and in this host's queues.
+void SocketTransport::mark_lane(int fd, ChannelRole role) {
+  if (scheme_ != Scheme::kTcp) return;
+  const int one = 1;
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+  const LaneOptions& lane = options_.lanes[role == ChannelRole::kLow ? 0 : 1];
+  const int tos = lane.dscp << 2;
+  int family = AF_INET;
+  socklen_t bytes = sizeof(family);
+  getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &bytes);
+  const bool six = family == AF_INET6;
+  // The priority comes second: setting the TOS changes it.
+  const bool marked =
+      setsockopt(fd, six ? IPPROTO_IPV6 : IPPROTO_IP, six ? IPV6_TCLASS : IP_TOS, &tos, sizeof(tos)) == 0 &&
+      setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &lane.so_priority, sizeof(lane.so_priority)) == 0;
+  if (!marked) events_.on_fallback("lane_not_marked");
+}
+
+void SocketTransport::begin(Fd fd, const Hello& mine, std::shared_ptr<Dial> dial) {
+  const auto shake = std::make_shared<Handshake>();
+  shake->transport = this;
+  shake->connector = dial != nullptr;
+  shake->mine = mine;
+  shake->dial = std::move(dial);
+  shake->channel = std::make_shared<Channel>(progress_, std::move(fd), *shake);
+  shakes_.push_back(shake);
+  const auto limit = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(options_.handshake_s));
+  shake->timer = progress_.at(Clock::now() + limit, [this, weak = std::weak_ptr(shake)] {
+    const auto alive = weak.lock();
+    if (!alive) return;
+    alive->timer = 0;
+    events_.on_refused();
+    alive->channel->close({Code::kTimeout, 0, "no handshake in time: is a dualkv node listening there?"});
+  });
+  shake->channel->start();
+  if (shake->connector) shake->channel->send(FrameType::kHello, encode_hello(mine));
+}
+
+void SocketTransport::connect(const Address& address, Connected done) {
+  const auto dial = std::make_shared<Dial>();
+  dial->address = address;
+  dial->done = std::move(done);
+  dial->session = random_u64();
+  dial_channel(dial, ChannelRole::kControl, 0);
+}
+
+void SocketTransport::dial_channel(const std::shared_ptr<Dial>& dial, ChannelRole role, std::uint8_t index) {
+  const auto fail = [&](int error) {
+    dial->end({Code::kPeerLost, error, text("cannot connect to '", dial->address.text, "'; is the node running?")}, "");
+  };
+  Fd fd(socket(dial->address.socket.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd.valid()) return fail(errno);
+  mark_lane(fd.get(), role);
+  const auto* target = reinterpret_cast<const sockaddr*>(&dial->address.socket);
+  if (::connect(fd.get(), target, dial->address.socket_bytes) != 0 && errno != EINPROGRESS) return fail(errno);
+  begin(std::move(fd), hello(dial->session, role, index), dial);
+}
+
+void SocketTransport::accept_all(int listener) {
+  for (;;) {
+    Fd fd(accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    if (!fd.valid()) return;
+    if (shakes_.size() >= kMaxUnproven) {
+      events_.on_refused();
+      continue;
+    }
+    begin(std::move(fd), hello(0, ChannelRole::kControl, 0), nullptr);
+  }
+}
+
+bool SocketTransport::on_handshake(const std::shared_ptr<Handshake>& shake, FrameType type,
+                                   std::span<const std::byte> body) {
+  switch (type) {
+    case FrameType::kHello: return !shake->connector && !shake->heard && on_hello(*shake, body);
+    case FrameType::kChallenge: return shake->connector && !shake->heard && on_challenge(shake, body);
+    case FrameType::kProof: return !shake->connector && shake->heard && on_proof(shake, body);
+    case FrameType::kWelcome:
+      if (!shake->connector || !shake->heard) return false;
+      proven(shake);
+      return true;
+    case FrameType::kRefuse:
+      if (!shake->connector) return false;
+      shake->channel->close({Code::kRefused, 0, text("'", shake->dial->address.text, "' refused: ", own_text(body))});
+      return true;
+    default: return false;
+  }
+}
+
+bool SocketTransport::on_hello(Handshake& shake, std::span<const std::byte> body) {
+  const auto theirs = decode_hello(body);
+  if (!theirs) return false;
+  shake.theirs = *theirs;
+  shake.heard = true;
+  shake.mine.session = theirs->session;
+  shake.mine.role = theirs->role;
+  shake.mine.index = theirs->index;
+  const Digest proof = make_proof(options_.secret, kAcceptorLabel, shake.theirs, shake.mine);
+  std::vector<std::byte> challenge(proof.begin(), proof.end());
+  const auto mine = encode_hello(shake.mine);
+  challenge.insert(challenge.end(), mine.begin(), mine.end());
+  shake.channel->send(FrameType::kChallenge, challenge);
+  return true;
+}
+
+std::string SocketTransport::disagreement(const Handshake& shake) const {
+  if (shake.theirs.fingerprint != grants_.geometry().fingerprint()) {
+    return text("another geometry. '", shake.mine.name, "': ", shake.mine.geometry, "; '", shake.theirs.name,
+                "': ", shake.theirs.geometry);
+  }
+  if (shake.theirs.channels_per_lane != shake.mine.channels_per_lane) {
+    return text("another connections_per_lane: '", shake.mine.name, "' has ", int{shake.mine.channels_per_lane}, ", '",
+                shake.theirs.name, "' has ", int{shake.theirs.channels_per_lane});
+  }
+  if (shake.theirs.name == shake.mine.name) return text("two nodes are called '", shake.mine.name, "'");
+  return {};
+}
+
+// shm only: may this process read the peer's memory?
+std::string SocketTransport::probe(Handshake& shake) const {
+  if (scheme_ != Scheme::kShm) return {};
+  ucred credentials{};
+  socklen_t bytes = sizeof(credentials);
+  getsockopt(shake.channel->fd(), SOL_SOCKET, SO_PEERCRED, &credentials, &bytes);
+  shake.pid = credentials.pid;
+  std::uint64_t value = 0;
+  const iovec local{&value, sizeof(value)};
+  const iovec remote{reinterpret_cast<void*>(shake.theirs.probe_address), sizeof(value)};
+  if (pull(shake.pid, {&local, 1}, {&remote, 1}) == sizeof(value) && value == shake.theirs.probe_value) return {};
+  return text("process ", shake.pid, " does not let this one read its memory (", std::strerror(errno),
+              "); run both as one user with kernel.yama.ptrace_scope=0 or CAP_SYS_PTRACE in one pid namespace, or "
+              "use tcp");
+}
+
+bool SocketTransport::on_challenge(const std::shared_ptr<Handshake>& shake, std::span<const std::byte> body) {
+  Digest proof;
+  if (body.size() < proof.size()) return false;
+  std::copy_n(body.begin(), proof.size(), proof.begin());
+  const auto theirs = decode_hello(body.subspan(proof.size()));
+  if (!theirs) return false;
+  shake->theirs = *theirs;
+  shake->heard = true;
+  const std::string& address = shake->dial->address.text;
+  if (!equal(proof, make_proof(options_.secret, kAcceptorLabel, shake->mine, shake->theirs))) {
+    shake->channel->close({Code::kRefused, 0, text("'", address, "' does not know this node's secret")});
+    return true;
+  }
+  std::string why = disagreement(*shake);
+  if (why.empty()) why = probe(*shake);
+  if (!why.empty()) {
+    shake->channel->close({Code::kRefused, 0, text("'", address, "': ", why)});
+    return true;
+  }
+  shake->channel->send(FrameType::kProof,
+                       make_proof(options_.secret, kConnectorLabel, shake->mine, shake->theirs));
+  return true;
+}
+
+bool SocketTransport::on_proof(const std::shared_ptr<Handshake>& shake, std::span<const std::byte> body) {
+  Digest proof;
+  if (body.size() != proof.size()) return false;
+  std::copy_n(body.begin(), proof.size(), proof.begin());
+  if (!equal(proof, make_proof(options_.secret, kConnectorLabel, shake->theirs, shake->mine))) {
+    refuse(shake, "the secrets differ");
+    return true;
+  }
+  std::string why = disagreement(*shake);
+  if (why.empty()) why = probe(*shake);
+  if (!why.empty()) {
+    refuse(shake, why);
+    return true;
+  }
+  mark_lane(shake->channel->fd(), shake->theirs.role);
+  shake->channel->send(FrameType::kWelcome, {});
+  proven(shake);
+  return true;
+}
+
+// Says why, and closes when that has been sent or the handshake's time is up.
+void SocketTransport::refuse(const std::shared_ptr<Handshake>& shake, const std::string& why) {
+  events_.on_refused();
+  shake->channel->send(FrameType::kRefuse, std::as_bytes(std::span(why).first(std::min<std::size_t>(why.size(), 1000))));
+}
+
+void SocketTransport::forget(const std::shared_ptr<Handshake>& shake) {
+  progress_.cancel(std::exchange(shake->timer, 0));
+  std::erase(shakes_, shake);
+}
+
+// A link whose other channels never come is given up.
+void SocketTransport::expire_partial(const std::pair<std::string, std::uint64_t>& key) {
+  const auto limit = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(options_.handshake_s));
+  progress_.at(Clock::now() + 2 * limit, [this, key] {
+    const auto node = partial_.extract(key);
+    if (!node.empty()) node.mapped()->close({Code::kTimeout, 0, "the peer opened only a part of its channels"});
+  });
+}
+
+void SocketTransport::proven(const std::shared_ptr<Handshake>& shake) {
+  forget(shake);
+  const auto key = std::pair(shake->theirs.name, shake->mine.session);
+  std::shared_ptr<SocketLink>& link = shake->connector ? shake->dial->link : partial_[key];
+  if (!link) {
+    link = std::make_shared<SocketLink>(progress_, grants_, events_, scheme_, options_, shake->theirs.name);
+    std::erase_if(links_, [](const auto& weak) { return weak.expired(); });
+    links_.push_back(link);
+    if (!shake->connector) expire_partial(key);
+  }
+  const std::shared_ptr<SocketLink> joined = link;
+  const bool complete = joined->attach(shake->channel, shake->mine.role, shake->pid);
+  if (complete && !shake->connector) partial_.erase(key);
+  const auto dial = shake->dial;
+  if (dial && shake->mine.role == ChannelRole::kControl) {
+    for (std::uint8_t i = 0; i < options_.channels_per_lane; ++i) {
+      dial_channel(dial, ChannelRole::kLow, i);
+      dial_channel(dial, ChannelRole::kHigh, i);
+    }
+  }
+  if (!complete) return;
+  joined->start();
+  if (dial) dial->end({}, joined->peer());
+}
+
+void SocketTransport::end(const std::shared_ptr<Handshake>& shake, const Status& why) {
+  forget(shake);
+  if (!shake->dial) return;
+  Status status = why;
+  if (status.code == Code::kPeerLost) {
+    status.message = text("cannot connect to '", shake->dial->address.text, "': ", why.message, "; is the node running?");
+  }
+  shake->dial->end(std::move(status), "");
+}
+
+}  // namespace
+
+std::unique_ptr<Transport> make_socket_transport(Scheme scheme, Progress& progress, GrantTable& grants,
+                                                 LinkEvents& events, const TransportOptions& options) {
+  return std::make_unique<SocketTransport>(scheme, progress, grants, events, options);
+}
+
+}  // namespace dualkv

@@ -1,0 +1,464 @@
+// Loads over every transport: both paths, split, hand-over, back-pressure, failures.
+#include <fcntl.h>
+
+#include <atomic>
+#include <set>
+
+#include "support.h"
+
+namespace dualkv::testing {
+namespace {
+
+constexpr std::uint32_t kBlocks = 24;
+
+// A prefill and a decode node (and helpers) over one root, and a source cache whose blocks are stored.
+class NodeTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  NodeOptions options(const std::string& name) {
+    NodeOptions options;
+    options.name = name;
+    options.store.root = root_.path();
+    options.store.in_use_grace_s = 0;
+    options.staging.bytes = geometry_.file_bytes() * 64;
+    options.loopback = hub_;
+    options.stall_s = 0.3;
+    const std::string scheme = GetParam();
+    if (scheme == "tcp") options.listen = {"tcp://127.0.0.1:0"};
+    if (scheme == "shm") options.listen = {"shm://" + root_.path() + "/" + name + ".sock"};
+    if (scheme == "loopback") options.listen = {"loopback://" + name};
+    return options;
+  }
+
+  void SetUp() override {
+    for (std::uint32_t i = 0; i < kBlocks; ++i) source_.fill(i, i + 1);
+    keys_ = test_keys(geometry_, kBlocks);
+  }
+
+  void start() { start(options("pe"), options("de")); }
+  void start(NodeOptions pe, NodeOptions de) {
+    pe_ = std::make_unique<Node>(geometry_, std::move(pe));
+    de_ = std::make_unique<Node>(geometry_, std::move(de));
+    pe_->connect(de_->addresses()[0]);
+    store_blocks();
+  }
+  void store_blocks() {
+    const auto ids = iota_ids(kBlocks);
+    ASSERT_TRUE(pe_->store().save(keys_, *source_.paged(), ids, {}, in(10)).wait(in(10)).ok());
+    ASSERT_EQ(pe_->store().match(keys_), kBlocks);
+  }
+
+  Plan plan(PathPolicy& policy, std::uint32_t hit = kBlocks) {
+    PlanRequest request;
+    request.keys.assign(keys_.begin(), keys_.begin() + hit);
+    request.prefill = pe_->view();
+    request.decode = pe_->peer("de").view();
+    return policy.plan(request);
+  }
+
+  // Loads, "computes" two new blocks, publishes every layer, and checks every byte on both sides.
+  void run_whole(PathPolicy& policy, std::uint32_t window = 0) {
+    HostCache cache(geometry_, 64), decode_cache(geometry_, 64);
+    const std::uint32_t prompt = kBlocks + 2;
+    for (std::uint32_t i = kBlocks; i < prompt; ++i) cache.fill(63 - i, i + 1);
+    std::vector<std::uint32_t> ids, decode_ids;
+    for (std::uint32_t i = 0; i < prompt; ++i) {
+      ids.push_back(63 - i);
+      decode_ids.push_back((i * 5) % 64);
+    }
+    Load load = pe_->load({plan(policy), cache.paged(), ids, 10, window});
+    Incoming incoming = de_->incoming(load.id(), 10);
+    for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
+      const Status status = load.wait(layer, in(10));
+      ASSERT_TRUE(status.ok()) << status.message;
+      for (std::uint32_t i = 0; i < kBlocks; ++i) ASSERT_TRUE(cache.layer_is(layer, ids[i], i + 1)) << layer << " " << i;
+      load.publish(layer);
+      load.release(layer);
+    }
+    const Status finished = load.finish(in(10));
+    ASSERT_TRUE(finished.ok()) << finished.message;
+    ASSERT_TRUE(incoming.wait(in(10)).ok());
+    incoming.copy_to(*decode_cache.paged(), decode_ids);
+    for (std::uint32_t i = 0; i < prompt; ++i) EXPECT_TRUE(decode_cache.holds(decode_ids[i], i + 1)) << i;
+    std::uint64_t bytes = 0;
+    for (const PathResult& path : load.result().paths) bytes += path.bytes;
+    EXPECT_EQ(bytes, kBlocks * geometry_.block_bytes());
+    incoming.close();
+    expect_all_free();
+  }
+
+  void expect_all_free() {
+    for (Node* node : {pe_.get(), de_.get()}) {
+      if (node == nullptr) continue;
+      EXPECT_TRUE(eventually([&] {
+        const NodeStats stats = node->stats();
+        return stats.staging.free_slots == stats.staging.slots && stats.loads_active == 0 && stats.loads_served == 0;
+      })) << node->name()
+          << " free " << node->stats().staging.free_slots << " of " << node->stats().staging.slots << " active "
+          << node->stats().loads_active << " served " << node->stats().loads_served;
+    }
+  }
+
+  void corrupt(std::uint32_t block, std::uint64_t offset) {
+    const std::string hex = keys_[block].hex();
+    std::string path;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(root_.path())) {
+      if (entry.path().filename() == hex + ".kv") path = entry.path();
+    }
+    const int fd = open(path.c_str(), O_RDWR);
+    ASSERT_GE(fd, 0);
+    char byte = 0;
+    ASSERT_EQ(pread(fd, &byte, 1, static_cast<off_t>(offset)), 1);
+    byte = static_cast<char>(byte ^ 4);
+    ASSERT_EQ(pwrite(fd, &byte, 1, static_cast<off_t>(offset)), 1);
+    close(fd);
+  }
+
+  TempDir root_;
+  const KvGeometry geometry_ = small_geometry();
+  std::shared_ptr<LoopbackHub> hub_ = make_loopback_hub();
+  HostCache source_{geometry_, kBlocks};
+  std::vector<Key> keys_;
+  std::unique_ptr<Node> pe_, de_;
+};
+
+TEST_P(NodeTest, PrefillPath) {
+  start();
+  PrefillOnly policy;
+  run_whole(policy);
+}
+
+TEST_P(NodeTest, DecodePath) {
+  start();
+  DecodeOnly policy;
+  run_whole(policy);
+}
+
+TEST_P(NodeTest, SplitPath) {
+  start();
+  Split policy;
+  run_whole(policy);
+}
+
+TEST_P(NodeTest, WindowOfTwoLayers) {
+  start();
+  Split policy;
+  run_whole(policy, 2);
+  DecodeOnly decode;
+  run_whole(decode, 1);
+}
+
+TEST_P(NodeTest, HitLargerThanThePoolStreamsThrough) {
+  auto pe = options("pe");
+  pe.staging.bytes = geometry_.file_bytes() * 3;
+  start(pe, options("de"));
+  PrefillOnly policy;
+  run_whole(policy);
+  run_whole(policy, 2);
+}
+
+TEST_P(NodeTest, PromptLargerThanDecodeStagingIsRefusedAtOnce) {
+  auto de = options("de");
+  de.staging.bytes = geometry_.file_bytes() * 8;
+  start(options("pe"), de);
+  Split policy;
+  HostCache cache(geometry_, 64);
+  ASSERT_TRUE(eventually([&] { return pe_->peer("de").view().prompt_slots == 6; }));
+  EXPECT_EQ(code_of([&] { pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 5}); }), Code::kNoSpace);
+  expect_all_free();
+}
+
+TEST_P(NodeTest, ManyLoadsAtOnceShareThePools) {
+  auto de = options("de");
+  de.staging.bytes = geometry_.file_bytes() * 40;  // holds one prompt at a time: the others wait
+  start(options("pe"), de);
+  Split policy;
+  std::vector<std::unique_ptr<HostCache>> caches;
+  std::vector<Load> loads;
+  std::vector<Incoming> incomings;
+  for (int i = 0; i < 8; ++i) {
+    caches.push_back(std::make_unique<HostCache>(geometry_, kBlocks));
+    loads.push_back(pe_->load({plan(policy), caches.back()->paged(), iota_ids(kBlocks), 20}));
+    incomings.push_back(de_->incoming(loads.back().id(), 20));
+  }
+  // A prompt's staging is held until its decode starts, so each hand-over is taken as it comes.
+  std::vector<std::thread> engines;
+  for (std::size_t i = 0; i < loads.size(); ++i) {
+    engines.emplace_back([&, i] {
+      for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
+        ASSERT_TRUE(loads[i].wait(layer, in(20)).ok()) << loads[i].milestones()->status().message;
+        loads[i].publish(layer);
+      }
+      ASSERT_TRUE(loads[i].finish(in(20)).ok()) << loads[i].milestones()->status().message;
+      ASSERT_TRUE(incomings[i].wait(in(20)).ok());
+      incomings[i].close();
+    });
+  }
+  for (auto& engine : engines) engine.join();
+  for (const auto& cache : caches) {
+    for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(cache->holds(i, i + 1));
+  }
+  expect_all_free();
+}
+
+TEST_P(NodeTest, HelperReadsForOthers) {
+  start();
+  Node helper(geometry_, options("helper"));
+  pe_->connect(helper.addresses()[0]);
+  PlanRequest request;
+  request.keys = keys_;
+  request.prefill = pe_->view();
+  request.helpers = {pe_->peer("helper").view()};
+  Split policy;
+  HostCache cache(geometry_, kBlocks);
+  Load load = pe_->load({policy.plan(request), cache.paged(), iota_ids(kBlocks), 10});
+  ASSERT_TRUE(load.finish(in(10)).ok());
+  for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(cache.holds(i, i + 1));
+  EXPECT_GT(load.result().paths[1].bytes, 0u);
+  expect_all_free();
+}
+
+TEST_P(NodeTest, CorruptBlockFailsTheLoadByNameAndIsForgotten) {
+  start();
+  corrupt(5, 100);
+  Split policy;
+  HostCache cache(geometry_, kBlocks);
+  Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
+  const Status status = load.finish(in(10));
+  EXPECT_EQ(status.code, Code::kCorrupt) << status.message;
+  EXPECT_NE(status.message.find(keys_[5].hex()), std::string::npos);
+  EXPECT_EQ(load.failed_block(), 5);
+  EXPECT_EQ(pe_->store().match(keys_), 5u);
+  expect_all_free();
+}
+
+TEST_P(NodeTest, StorageErrorsOfOneSideAreTakenOverByTheOther) {
+  auto de = options("de");
+  de.store.faults = {7, 0.4, 0.2, 0.2, 0, 0, 0};
+  start(options("pe"), de);
+  DecodeOnly policy;
+  run_whole(policy);
+  auto pe = options("pe");
+  pe_.reset();
+  de_.reset();
+  pe.store.faults = {8, 0.4, 0.2, 0.2, 0, 0, 0};
+  start(pe, options("de"));
+  PrefillOnly prefill;
+  run_whole(prefill);
+}
+
+TEST_P(NodeTest, StorageThatNeverAnswersIsTakenOver) {
+  auto de = options("de");
+  de.store.faults.drop_rate = 1;
+  start(options("pe"), de);
+  DecodeOnly policy;
+  HostCache cache(geometry_, kBlocks);
+  Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
+  for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
+    ASSERT_TRUE(load.wait(layer, in(10)).ok()) << load.milestones()->status().message;
+  }
+  for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(cache.holds(i, i + 1));
+  EXPECT_EQ(load.result().failovers, kBlocks);
+}
+
+TEST_P(NodeTest, StorageThatNeverAnswersAnywhereEndsAtTheDeadline) {
+  auto faulty = options("pe");
+  start();
+  pe_.reset();
+  faulty.store.faults.drop_rate = 1;
+  pe_ = std::make_unique<Node>(geometry_, faulty);
+  PlanRequest request;
+  request.keys = keys_;
+  request.prefill = pe_->view();
+  PrefillOnly policy;
+  HostCache cache(geometry_, kBlocks);
+  const auto began = Clock::now();
+  Load load = pe_->load({policy.plan(request), cache.paged(), iota_ids(kBlocks), 0.2});
+  EXPECT_EQ(load.finish(in(10)).code, Code::kTimeout);
+  EXPECT_LT(Clock::now() - began, std::chrono::seconds(5));
+}
+
+TEST_P(NodeTest, DecodeNodeDiesWhileItReads) {
+  auto de = options("de");
+  de.store.read_limit_bytes_per_s = geometry_.block_bytes() * 20;
+  start(options("pe"), de);
+  DecodeOnly policy;
+  HostCache cache(geometry_, kBlocks);
+  Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  de_->close();
+  for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
+    ASSERT_TRUE(load.wait(layer, in(10)).ok()) << load.milestones()->status().message;
+    if (load.milestones()->status().ok() && !load.milestones()->ended(geometry_.layers())) load.publish(layer);
+  }
+  for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(cache.holds(i, i + 1));
+  const Code code = load.finish(in(10)).code;
+  EXPECT_TRUE(code == Code::kPeerLost || code == Code::kCancelled) << to_string(code);
+  de_.reset();
+  expect_all_free();
+}
+
+TEST_P(NodeTest, PrefillNodeDiesBeforeTheHandOver) {
+  start();
+  DecodeOnly policy;
+  HostCache cache(geometry_, 64);
+  Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks + 1), 10});
+  Incoming incoming = de_->incoming(load.id(), 10);
+  ASSERT_TRUE(load.wait(0, in(10)).ok());
+  pe_->close();
+  const Code code = incoming.wait(in(10)).code;
+  EXPECT_TRUE(code == Code::kPeerLost || code == Code::kCancelled) << to_string(code);
+  pe_.reset();
+  expect_all_free();
+}
+
+TEST_P(NodeTest, CancelFreesEverythingAndTouchesNothingAfterwards) {
+  auto de = options("de");
+  de.store.read_limit_bytes_per_s = geometry_.block_bytes() * 50;
+  start(options("pe"), de);
+  Split policy;
+  HostCache cache(geometry_, kBlocks);
+  for (int round = 0; round < 5; ++round) {
+    Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
+    Incoming incoming = de_->incoming(load.id(), 10);
+    std::this_thread::sleep_for(std::chrono::milliseconds(round * 5));
+    load.cancel();
+    EXPECT_EQ(load.finish(in(1)).code, Code::kCancelled);
+    for (std::uint32_t i = 0; i < kBlocks; ++i) cache.fill(i, 1000 + i);
+    EXPECT_EQ(incoming.wait(in(5)).code, Code::kCancelled);
+    incoming.close();
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    for (std::uint32_t i = 0; i < kBlocks; ++i) ASSERT_TRUE(cache.holds(i, 1000 + i)) << "written after cancel()";
+  }
+  expect_all_free();
+}
+
+TEST_P(NodeTest, UnclaimedHandOverEndsByItsDeadline) {
+  start();
+  DecodeOnly policy;
+  HostCache cache(geometry_, kBlocks);
+  Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 0.5});
+  for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
+    ASSERT_TRUE(load.wait(layer, in(10)).ok());
+    load.publish(layer);
+  }
+  ASSERT_TRUE(load.finish(in(10)).ok());
+  expect_all_free();
+}
+
+TEST_P(NodeTest, BadRequestsChangeNothing) {
+  start();
+  HostCache cache(geometry_, kBlocks);
+  Split policy;
+  const auto refused = [&](LoadRequest request) { return code_of([&] { pe_->load(std::move(request)); }); };
+  LoadRequest good{plan(policy), cache.paged(), iota_ids(kBlocks), 5};
+  LoadRequest bad = good;
+  bad.block_ids[3] = kBlocks;
+  EXPECT_EQ(refused(bad), Code::kInvalidArgument);
+  bad = good;
+  bad.block_ids[3] = bad.block_ids[4];
+  EXPECT_EQ(refused(bad), Code::kInvalidArgument);
+  bad = good;
+  bad.block_ids.pop_back();
+  EXPECT_EQ(refused(bad), Code::kInvalidArgument);
+  bad = good;
+  bad.plan.ranges[0].count += 1;
+  EXPECT_EQ(refused(bad), Code::kInvalidArgument);
+  bad = good;
+  bad.plan.ranges[1].node = "nobody";
+  EXPECT_EQ(refused(bad), Code::kPeerLost);
+  bad = good;
+  bad.deadline_s = 0;
+  EXPECT_EQ(refused(bad), Code::kInvalidArgument);
+  bad = good;
+  bad.into = nullptr;
+  EXPECT_EQ(refused(bad), Code::kInvalidArgument);
+  EXPECT_EQ(pe_->stats().loads_done + pe_->stats().loads_failed, 0u);
+  Load load = pe_->load(good);
+  EXPECT_EQ(code_of([&] { load.wait(99); }), Code::kInvalidArgument);
+  EXPECT_EQ(code_of([&] { load.publish(99); }), Code::kInvalidArgument);
+  load.cancel();
+  expect_all_free();
+}
+
+TEST_P(NodeTest, GrantAndSendLayers) {
+  start();
+  HostCache target(geometry_, 32);
+  Grant grant = de_->grant("pe", target.paged(), {9, 8, 7, 6}, 10);
+  SendRequest send;
+  send.grant = grant.id();
+  send.source = source_.paged();
+  send.block_ids = {0, 1, 2, 3};
+  send.layers = {0, geometry_.layers()};
+  send.lane = Lane::kHigh;
+  const Operation sent = pe_->peer("de").send_layers(send);
+  ASSERT_TRUE(sent.wait(in(10)).ok()) << sent.status().message;
+  for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) EXPECT_TRUE(grant.wait(layer, in(10)).ok());
+  for (std::uint32_t i = 0; i < 4; ++i) EXPECT_TRUE(target.holds(9 - i, i + 1));
+  EXPECT_GT(pe_->stats().links[0].bytes_sent[1], 0u);
+}
+
+TEST_P(NodeTest, WritesOutsideAGrantAreRefusedAndLandNowhere) {
+  start();
+  HostCache target(geometry_, 4);
+  for (std::uint32_t i = 0; i < 4; ++i) target.fill(i, 50 + i);
+  Grant grant = de_->grant("pe", target.paged(), {0, 1}, 10);
+  SendRequest send;
+  send.source = source_.paged();
+  send.block_ids = {0};
+  send.layers = {0, 1};
+  send.grant = grant.id() + 1;
+  EXPECT_EQ(pe_->peer("de").send_layers(send).wait(in(10)).code, Code::kRefused);
+  send.grant = grant.id();
+  send.first_block = 2;  // beyond the grant: discarded
+  EXPECT_TRUE(pe_->peer("de").send_layers(send).wait(in(10)).ok());
+  grant.revoke();
+  send.first_block = 0;
+  EXPECT_EQ(pe_->peer("de").send_layers(send).wait(in(10)).code, Code::kRefused);
+  for (std::uint32_t i = 0; i < 4; ++i) EXPECT_TRUE(target.holds(i, 50 + i));
+}
+
+TEST_P(NodeTest, WrongSecretAndWrongGeometryAreRefused) {
+  auto secret = options("de");
+  secret.secret = "one";
+  de_ = std::make_unique<Node>(geometry_, secret);
+  auto other = options("pe");
+  other.secret = "two";
+  pe_ = std::make_unique<Node>(geometry_, other);
+  EXPECT_EQ(code_of([&] { pe_->connect(de_->addresses()[0]); }), Code::kRefused);
+  auto third = options("x");
+  third.secret = "one";
+  third.store.root = root_.path() + "/other";
+  Node stranger(small_geometry(5), third);
+  EXPECT_EQ(code_of([&] { stranger.connect(de_->addresses()[0]); }), Code::kRefused);
+  EXPECT_TRUE(de_->stats().links.empty());
+}
+
+TEST_P(NodeTest, ALostPeerIsFoundAgain) {
+  start();
+  auto de = options("de");
+  if (std::string(GetParam()) == "tcp") de.listen = {de_->addresses()[0]};
+  de_.reset();
+  ASSERT_TRUE(eventually([&] { return !pe_->peer("de").connected(); }));
+  de_ = std::make_unique<Node>(geometry_, de);
+  ASSERT_TRUE(eventually([&] { return pe_->peer("de").connected(); }));
+  Split policy;
+  run_whole(policy);
+}
+
+TEST_P(NodeTest, CloseWithLoadsInProgress) {
+  auto slow = options("pe");
+  slow.store.read_limit_bytes_per_s = geometry_.block_bytes() * 4;
+  start(slow, options("de"));
+  Split policy;
+  HostCache cache(geometry_, kBlocks);
+  Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
+  pe_->close();
+  EXPECT_EQ(load.finish(in(1)).code, Code::kCancelled);
+  EXPECT_EQ(code_of([&] { pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10}); }), Code::kPeerLost);
+}
+
+INSTANTIATE_TEST_SUITE_P(Transports, NodeTest, ::testing::Values("loopback", "tcp", "shm"),
+                         [](const auto& info) { return std::string(info.param); });
+
+}  // namespace
+}  // namespace dualkv::testing
