@@ -148,7 +148,10 @@ NodeView Peer::view() const { return node_->view_of(name_); }
 
 Operation Peer::send_layers(SendRequest request) const {
   if (!request.source) throw Error(Code::kInvalidArgument, "send_layers: no source");
-  return run(*node_, [&] { return SendTask::begin(*node_, name_, std::move(request)); });
+  const auto task = run(*node_, [&] { return SendTask::begin(*node_, name_, std::move(request)); });
+  Operation operation = task->operation();
+  operation.attach(guard(task, [](SendTask& send) { send.end(kDropped); }));
+  return operation;
 }
 
 // --- Node
@@ -165,7 +168,6 @@ const KvGeometry& Node::geometry() const { return state_->geometry(); }
 std::vector<std::string> Node::addresses() const { return state_->addresses(); }
 Store& Node::store() { return state_->store(); }
 StagingPool& Node::staging() { return state_->pool(); }
-const std::shared_ptr<Notifier>& Node::notifier() const { return state_->notifier(); }
 NodeView Node::view() const { return state_->view(); }
 NodeStats Node::stats() const { return state_->stats(); }
 void Node::close() { state_->close(); }

@@ -54,7 +54,6 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   StagingPool& pool() { return pool_; }
   GrantTable& grants() { return grants_; }
   SendQueue& sends() { return sends_; }
-  const std::shared_ptr<Notifier>& notifier() const { return notifier_; }
   const std::vector<std::string>& addresses() const { return addresses_; }
 
   // Any thread.
@@ -131,7 +130,6 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   const NodeOptions options_;
   TransportOptions transport_options_;
   std::shared_ptr<Progress> progress_;
-  std::shared_ptr<Notifier> notifier_ = std::make_shared<Notifier>();
   Fallbacks fallbacks_;
   StagingPool pool_;
   std::unique_ptr<Store> store_;

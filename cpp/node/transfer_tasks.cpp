@@ -67,7 +67,7 @@ void GrantTask::on_link_closed(Link& link, const Status& why) {
   if (link.peer() == peer_) end({Code::kPeerLost, why.os_errno, text("node '", peer_, "': ", why.message)});
 }
 
-Operation SendTask::begin(NodeState& node, const std::string& peer, SendRequest request) {
+std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& peer, SendRequest request) {
   const std::uint32_t layers = node.geometry().layers();
   check_ids(*request.source, request.block_ids, layers, "send_layers");
   if (request.layers.count == 0 || std::uint64_t{request.layers.first} + request.layers.count > layers) {
@@ -77,7 +77,6 @@ Operation SendTask::begin(NodeState& node, const std::string& peer, SendRequest 
   const auto link = node.find_link(peer);
   if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
   std::shared_ptr<SendTask> task(new SendTask(node));
-  task->self_ = task;
   task->left_ = request.block_ids.size() * request.layers.count;
   task->sender_ = std::make_unique<LayerSender>(
       node.sends(), link, request.grant, request.lane,
@@ -99,9 +98,8 @@ Operation SendTask::begin(NodeState& node, const std::string& peer, SendRequest 
       task->sender_->add(layer, std::move(write));
     }
   }
-  const Operation operation = task->operation_;
   task->sender_->pump();
-  return operation;
+  return task;
 }
 
 void SendTask::on_link_closed(Link& link, const Status& why) {
@@ -109,8 +107,8 @@ void SendTask::on_link_closed(Link& link, const Status& why) {
 }
 
 void SendTask::end(const Status& why) {
-  if (!self_) return;
-  const auto keep = std::move(self_);
+  if (std::exchange(ended_, true)) return;
+  const auto keep = shared_from_this();
   node_.progress().cancel(timer_);
   sender_.reset();
   if (why.ok()) {

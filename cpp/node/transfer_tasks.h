@@ -46,18 +46,19 @@ class GrantTask : public NodeTask, public GrantSink, public std::enable_shared_f
   bool ended_ = false;
 };
 
-// The sending side; keeps itself alive until it has ended.
+// The sending side.
 class SendTask : public NodeTask, public std::enable_shared_from_this<SendTask> {
  public:
   // Throws Error. Progress thread.
-  static Operation begin(NodeState& node, const std::string& peer, SendRequest request);
+  static std::shared_ptr<SendTask> begin(NodeState& node, const std::string& peer, SendRequest request);
 
+  const Operation& operation() const { return operation_; }
+  std::shared_ptr<NodeState> node() const { return node_.shared_from_this(); }
+  void end(const Status& why);
   void on_link_closed(Link& link, const Status& why) override;
   void abort(const Status& why) override { end(why); }
 
  private:
-  void end(const Status& why);
-
   explicit SendTask(NodeState& node) : node_(node) {}
 
   NodeState& node_;
@@ -65,7 +66,7 @@ class SendTask : public NodeTask, public std::enable_shared_from_this<SendTask> 
   std::unique_ptr<LayerSender> sender_;
   std::uint64_t left_ = 0;
   Progress::TimerId timer_ = 0;
-  std::shared_ptr<SendTask> self_;
+  bool ended_ = false;
 };
 
 }  // namespace dualkv

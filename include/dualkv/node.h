@@ -172,7 +172,7 @@ class Peer {
   // The peer's last report. Throws Error(kPeerLost) when it is not connected.
   NodeView view() const;
   // Sends layer by layer, in order; done when the peer has verified the last byte. The source is borrowed until
-  // the Operation has ended.
+  // the Operation has ended; dropping its last copy withdraws what was not sent.
   Operation send_layers(SendRequest request) const;
 
  private:
@@ -219,7 +219,6 @@ class Node {
   std::vector<std::string> addresses() const;
   Store& store();
   StagingPool& staging();
-  const std::shared_ptr<Notifier>& notifier() const;
 
   // Blocks until the peer is connected. Throws Error: kRefused (secret, geometry), kTimeout, kPeerLost.
   // A lost link is re-established in the background as long as the node lives.

@@ -73,7 +73,8 @@ class Milestones {
   std::vector<Subscription> subscriptions_;
 };
 
-// A handle on one asynchronous call. Copies share the same state; dropping it does not cancel the work.
+// A handle on one asynchronous call. Copies share the same state. Dropping it does not cancel the work, unless the
+// call says so.
 class Operation {
  public:
   Operation() : state_(std::make_shared<Milestones>(1)) {}
@@ -82,9 +83,12 @@ class Operation {
   Status status() const { return state_->status(); }
   Status wait(Clock::time_point until) const { return state_->wait(0, until); }
   const std::shared_ptr<Milestones>& milestones() const { return state_; }
+  // `guard` is released with the last copy of this handle.
+  void attach(std::shared_ptr<void> guard) { guard_ = std::move(guard); }
 
  private:
   std::shared_ptr<Milestones> state_;
+  std::shared_ptr<void> guard_;
 };
 
 }  // namespace dualkv

@@ -1,0 +1,69 @@
+// What the binding files share.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <optional>
+#include <vector>
+
+#include "dualkv/keys.h"
+#include "dualkv/node.h"
+#include "dualkv/operation.h"
+#include "dualkv/paged_kv.h"
+
+namespace py = pybind11;
+
+namespace dualkv::bindings {
+
+using Ids = py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>;
+
+inline Key to_key(const py::bytes& bytes) {
+  const std::string_view view = bytes;
+  return Key(std::as_bytes(std::span(view)));
+}
+inline Key to_parent(const py::bytes& bytes) {
+  return std::string_view(bytes).empty() ? Key() : to_key(bytes);
+}
+inline py::bytes to_bytes(const Key& key) {
+  return {reinterpret_cast<const char*>(key.bytes().data()), key.bytes().size()};
+}
+inline std::vector<Key> to_keys(const std::vector<py::bytes>& keys) {
+  std::vector<Key> out;
+  out.reserve(keys.size());
+  for (const py::bytes& key : keys) out.push_back(to_key(key));
+  return out;
+}
+inline std::vector<py::bytes> to_bytes(const std::vector<Key>& keys) {
+  std::vector<py::bytes> out;
+  out.reserve(keys.size());
+  for (const Key& key : keys) out.push_back(to_bytes(key));
+  return out;
+}
+inline std::vector<std::uint32_t> to_ids(const Ids& ids) {
+  if (ids.ndim() != 1) throw Error(Code::kInvalidArgument, "block ids must be one-dimensional");
+  return {ids.data(), ids.data() + ids.size()};
+}
+// None waits for ever.
+inline Clock::time_point until(std::optional<double> timeout_s) {
+  if (!timeout_s) return Clock::time_point::max();
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*timeout_s));
+}
+inline void raise_if_failed(const Status& status) {
+  if (!status.ok()) throw Error(status);
+}
+
+// The engine's memory, described once, with the Python objects that own it.
+struct Cache {
+  std::shared_ptr<const PagedKv> kv;
+  py::object owners;
+};
+
+void register_values(py::module_& m);
+void register_storage(py::module_& m);
+void register_policy(py::module_& m);
+void register_node(py::module_& m);
+
+}  // namespace dualkv::bindings

@@ -1,0 +1,185 @@
+// Node, Peer, Load, Incoming, Grant.
+#include "bindings.h"
+
+namespace dualkv::bindings {
+
+StoreOptions to_store_options(const py::dict& d);
+StagingOptions to_staging_options(const py::dict& d);
+py::dict to_dict(const StoreStats& s);
+py::dict staging_dict(const StagingStats& s);
+
+namespace {
+
+// One namespace of loopback:// names for the process: module state, not a C++ static.
+std::shared_ptr<LoopbackHub> hub_of(const py::module_& m) {
+  return *m.attr("_loopback_hub").cast<py::capsule>().get_pointer<std::shared_ptr<LoopbackHub>>();
+}
+
+template <typename T>
+void field(const py::dict& options, const char* name, T& out) {
+  if (options.contains(name)) out = options[name].cast<T>();
+}
+
+NodeOptions to_node_options(const py::dict& d) {
+  NodeOptions o;
+  field(d, "name", o.name);
+  field(d, "listen", o.listen);
+  field(d, "secret", o.secret);
+  field(d, "connections_per_lane", o.connections_per_lane);
+  field(d, "low_dscp", o.lanes[0].dscp);
+  field(d, "low_so_priority", o.lanes[0].so_priority);
+  field(d, "high_dscp", o.lanes[1].dscp);
+  field(d, "high_so_priority", o.lanes[1].so_priority);
+  field(d, "write_frame", o.write_frame_bytes);
+  field(d, "write_window", o.write_window_bytes);
+  field(d, "heartbeat_s", o.heartbeat_s);
+  field(d, "peer_silence_s", o.peer_silence_s);
+  field(d, "handshake_s", o.handshake_s);
+  field(d, "reconnect_max_s", o.reconnect_max_s);
+  field(d, "stall_s", o.stall_s);
+  field(d, "max_loads", o.max_loads);
+  field(d, "max_peers", o.max_peers);
+  return o;
+}
+
+py::dict to_dict(const PathResult& p) {
+  py::dict out;
+  out["node"] = p.node;
+  out["path"] = std::string(to_string(p.path));
+  out["blocks"] = p.blocks;
+  out["bytes"] = p.bytes;
+  out["first_s"] = p.first_s;
+  out["last_s"] = p.last_s;
+  out["layer_done_s"] = p.layer_done_s;
+  return out;
+}
+
+py::dict to_dict(const LoadResult& r) {
+  py::list paths;
+  for (const PathResult& path : r.paths) paths.append(to_dict(path));
+  py::dict out;
+  out["reason"] = r.reason;
+  out["paths"] = paths;
+  out["layer_ready_s"] = r.layer_ready_s;
+  out["layer_published_s"] = r.layer_published_s;
+  out["bytes_published"] = r.bytes_published;
+  out["failovers"] = r.failovers;
+  out["seconds"] = r.seconds;
+  return out;
+}
+
+py::dict to_dict(const NodeStats& s) {
+  py::list links;
+  for (const LinkStats& link : s.links) {
+    py::dict one;
+    one["peer"] = link.peer;
+    one["transport"] = link.transport;
+    one["connected"] = link.connected;
+    one["bytes_sent_low"] = link.bytes_sent[0];
+    one["bytes_sent_high"] = link.bytes_sent[1];
+    one["bytes_received"] = link.bytes_received;
+    one["writes_rejected"] = link.writes_rejected;
+    one["writes_corrupt"] = link.writes_corrupt;
+    links.append(one);
+  }
+  py::dict out;
+  out["store"] = bindings::to_dict(s.store);
+  out["staging"] = staging_dict(s.staging);
+  out["links"] = links;
+  out["loads_active"] = s.loads_active;
+  out["loads_served"] = s.loads_served;
+  out["loads_done"] = s.loads_done;
+  out["loads_failed"] = s.loads_failed;
+  out["failovers"] = s.failovers;
+  out["connections_refused"] = s.connections_refused;
+  out["frames_hostile"] = s.frames_hostile;
+  out["fallbacks"] = s.fallbacks;
+  return out;
+}
+
+}  // namespace
+
+void register_node(py::module_& m) {
+  m.attr("_loopback_hub") = py::capsule(new std::shared_ptr<LoopbackHub>(make_loopback_hub()), [](void* hub) {
+    delete static_cast<std::shared_ptr<LoopbackHub>*>(hub);
+  });
+
+  py::class_<Load>(m, "Load", py::release_gil_before_calling_cpp_dtor())
+      .def_property_readonly("id", &Load::id)
+      .def_property_readonly("layers", &Load::layers)
+      .def_property_readonly("milestones", &Load::milestones)
+      .def("publish", &Load::publish)
+      .def("release", &Load::release)
+      .def("cancel", &Load::cancel, py::call_guard<py::gil_scoped_release>())
+      .def("result", [](const Load& l) { return to_dict(l.result()); })
+      .def_property_readonly("failed_block", &Load::failed_block);
+
+  py::class_<Incoming>(m, "Incoming", py::release_gil_before_calling_cpp_dtor())
+      .def_property_readonly("id", &Incoming::id)
+      .def_property_readonly("block_count", &Incoming::block_count)
+      .def_property_readonly("milestones", &Incoming::milestones)
+      .def("copy_to", [](const Incoming& i, const Cache& target, const Ids& ids) {
+        const std::vector<std::uint32_t> blocks = to_ids(ids);
+        const py::gil_scoped_release release;
+        i.copy_to(*target.kv, blocks);
+      })
+      .def("save", [](const Incoming& i, const std::vector<py::bytes>& keys, std::uint32_t first_block, const py::bytes& parent) {
+        return i.save(to_keys(keys), first_block, to_parent(parent));
+      })
+      .def("close", &Incoming::close, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Grant>(m, "Grant", py::release_gil_before_calling_cpp_dtor())
+      .def_property_readonly("id", &Grant::id)
+      .def_property_readonly("milestones", &Grant::milestones)
+      .def("revoke", &Grant::revoke, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Peer>(m, "Peer", py::release_gil_before_calling_cpp_dtor())
+      .def_property_readonly("name", &Peer::name)
+      .def_property_readonly("connected", &Peer::connected)
+      .def("view", &Peer::view)
+      .def("send_layers", [](const Peer& p, std::uint64_t grant, const Cache& source, const Ids& ids,
+                             std::uint32_t first_block, std::uint32_t first_layer, std::uint32_t layer_count, bool high, double deadline_s) {
+        SendRequest request{grant, source.kv, to_ids(ids), first_block, {first_layer, layer_count}, high ? Lane::kHigh : Lane::kLow, deadline_s};
+        const py::gil_scoped_release release;
+        return p.send_layers(std::move(request));
+      }, py::keep_alive<0, 3>());
+
+  py::class_<Node>(m, "Node", py::release_gil_before_calling_cpp_dtor())
+      .def(py::init([m](const KvGeometry& geometry, const py::dict& node, const py::dict& store, const py::dict& staging) {
+        NodeOptions options = to_node_options(node);
+        options.store = to_store_options(store);
+        options.staging = to_staging_options(staging);
+        options.loopback = hub_of(m);
+        const py::gil_scoped_release release;
+        return std::make_unique<Node>(geometry, std::move(options));
+      }))
+      .def_property_readonly("name", &Node::name)
+      .def_property_readonly("addresses", &Node::addresses)
+      .def_property_readonly("store", [](Node& n) { return n.store(); })
+      .def_property_readonly("staging", [](Node& n) { return n.staging(); })
+      .def("connect", &Node::connect, py::call_guard<py::gil_scoped_release>())
+      .def("peer", &Node::peer)
+      .def("view", &Node::view)
+      .def("load", [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window) {
+        LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window};
+        const py::gil_scoped_release release;
+        return n.load(std::move(request));
+      }, py::keep_alive<0, 3>())
+      .def("incoming", &Node::incoming, py::call_guard<py::gil_scoped_release>())
+      .def("grant", [](Node& n, const std::string& peer, const Cache& into, const Ids& ids, double deadline_s) {
+        std::vector<std::uint32_t> blocks = to_ids(ids);
+        const py::gil_scoped_release release;
+        return n.grant(peer, into.kv, std::move(blocks), deadline_s);
+      }, py::keep_alive<0, 3>())
+      .def("stats", [](const Node& n) {
+        NodeStats stats;
+        {
+          const py::gil_scoped_release release;
+          stats = n.stats();
+        }
+        return to_dict(stats);
+      })
+      .def("close", &Node::close, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace dualkv::bindings

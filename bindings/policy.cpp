@@ -1,0 +1,111 @@
+// Views, plans and path policies, which Python code may subclass.
+#include "bindings.h"
+
+namespace dualkv::bindings {
+
+namespace {
+
+// Lets C++ call a policy written in Python. What it raises reaches the caller as it is.
+class PyPolicy : public PathPolicy, public py::trampoline_self_life_support {
+ public:
+  std::string name() const override { PYBIND11_OVERRIDE_PURE(std::string, PathPolicy, name); }
+  Plan plan(const PlanRequest& request) override {
+    const py::gil_scoped_acquire acquire;
+    const py::function override = py::get_override(static_cast<const PathPolicy*>(this), "plan");
+    if (!override) throw Error(Code::kInvalidArgument, "policy: plan() is not implemented");
+    py::object decode = py::none();
+    if (request.decode) decode = py::cast(*request.decode);
+    const py::object result = override(to_bytes(request.keys), py::arg("prefill") = request.prefill,
+                                       py::arg("decode") = decode, py::arg("helpers") = request.helpers);
+    if (!py::isinstance<Plan>(result)) throw Error(Code::kInvalidArgument, "policy: plan() must return a dualkv.Plan");
+    return result.cast<Plan>();
+  }
+};
+
+Plan call(PathPolicy& policy, const std::vector<py::bytes>& keys, const NodeView& prefill,
+          const std::optional<NodeView>& decode, const std::vector<NodeView>& helpers) {
+  return policy.plan({to_keys(keys), prefill, decode, helpers});
+}
+
+template <typename Policy>
+void register_policy_class(py::module_& m, const char* name) {
+  py::class_<Policy, PathPolicy, py::smart_holder>(m, name).def(py::init<>());
+}
+
+}  // namespace
+
+void register_policy(py::module_& m) {
+  py::enum_<Path>(m, "Path")
+      .value("PREFILL", Path::kPrefill)
+      .value("DECODE", Path::kDecode)
+      .value("HELPER", Path::kHelper);
+
+  py::class_<NodeView>(m, "NodeView")
+      .def(py::init([](std::string name, std::uint64_t block_bytes, std::uint32_t tokens_per_block,
+                       std::uint64_t read_queue_bytes, std::uint64_t read_bandwidth, std::uint64_t link_bandwidth,
+                       std::uint32_t free_slots) {
+             NodeView view;
+             view.name = std::move(name);
+             view.block_bytes = block_bytes;
+             view.tokens_per_block = tokens_per_block;
+             view.read_queue_bytes = read_queue_bytes;
+             view.read_bandwidth = read_bandwidth;
+             view.link_bandwidth = link_bandwidth;
+             view.free_slots = free_slots;
+             return view;
+           }),
+           py::kw_only(), py::arg("name"), py::arg("block_bytes") = 0, py::arg("tokens_per_block") = 0,
+           py::arg("read_queue_bytes") = 0, py::arg("read_bandwidth") = 0, py::arg("link_bandwidth") = 0,
+           py::arg("free_slots") = 0)
+      .def_readonly("name", &NodeView::name)
+      .def_readonly("block_bytes", &NodeView::block_bytes)
+      .def_readonly("tokens_per_block", &NodeView::tokens_per_block)
+      .def_readonly("read_queue_bytes", &NodeView::read_queue_bytes)
+      .def_property_readonly("read_queue_tokens", &NodeView::read_queue_tokens)
+      .def_readonly("read_bandwidth", &NodeView::read_bandwidth)
+      .def_readonly("link_bandwidth", &NodeView::link_bandwidth)
+      .def_readonly("free_slots", &NodeView::free_slots)
+      .def_readonly("prompt_slots", &NodeView::prompt_slots)
+      .def_property_readonly("lane_bytes", [](const NodeView& v) { return py::make_tuple(v.lane_bytes[0], v.lane_bytes[1]); });
+
+  py::class_<PathRange>(m, "PathRange")
+      .def(py::init<std::string, Path, std::uint32_t, std::uint32_t>(), py::arg("node"), py::arg("path"), py::arg("first"),
+           py::arg("count"))
+      .def_readonly("node", &PathRange::node)
+      .def_readonly("path", &PathRange::path)
+      .def_readonly("first", &PathRange::first)
+      .def_readonly("count", &PathRange::count)
+      .def("__repr__", [](const PathRange& r) {
+        return "PathRange(node='" + r.node + "', path=" + std::string(to_string(r.path)) + ", first=" +
+               std::to_string(r.first) + ", count=" + std::to_string(r.count) + ")";
+      });
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init([](const std::vector<py::bytes>& keys, std::vector<PathRange> ranges, std::string prefill,
+                       std::string decode, std::vector<std::string> helpers, std::string reason) {
+             Plan plan{to_keys(keys), std::move(ranges), std::move(prefill), std::move(decode), std::move(helpers), std::move(reason)};
+             check_plan(plan);
+             return plan;
+           }),
+           py::kw_only(), py::arg("keys"), py::arg("ranges"), py::arg("prefill") = "", py::arg("decode") = "",
+           py::arg("helpers") = std::vector<std::string>(), py::arg("reason") = "")
+      .def_property_readonly("keys", [](const Plan& p) { return to_bytes(p.keys); })
+      .def_readonly("ranges", &Plan::ranges)
+      .def_readonly("prefill", &Plan::prefill)
+      .def_readonly("decode", &Plan::decode)
+      .def_readonly("helpers", &Plan::helpers)
+      .def_readonly("reason", &Plan::reason);
+
+  py::class_<PathPolicy, PyPolicy, py::smart_holder>(m, "PathPolicy")
+      .def(py::init<>())
+      .def_property_readonly("name", &PathPolicy::name)
+      .def("plan", &call, py::arg("keys"), py::kw_only(), py::arg("prefill"), py::arg("decode") = py::none(),
+           py::arg("helpers") = std::vector<NodeView>());
+  register_policy_class<PrefillOnly>(m, "PrefillOnly");
+  register_policy_class<DecodeOnly>(m, "DecodeOnly");
+  register_policy_class<RoundRobin>(m, "RoundRobin");
+  register_policy_class<ShortestQueue>(m, "ShortestQueue");
+  register_policy_class<Split>(m, "Split");
+}
+
+}  // namespace dualkv::bindings

@@ -1,0 +1,50 @@
+"""dualkv: move KV cache between storage and inference engines over two paths.
+
+Start with :class:`Node`; ``docs/embedding.md`` walks through a whole engine.
+"""
+
+from dualkv._dualkv import Path, PathRange, Plan
+from dualkv.errors import Error
+from dualkv.geometry import KvGeometry, block_keys, checksum
+from dualkv.node import Grant, Incoming, Load, Node, Peer
+from dualkv.paged import PagedKv
+from dualkv.policy import (
+    DecodeOnly,
+    NodeView,
+    PathPolicy,
+    PrefillOnly,
+    RoundRobin,
+    ShortestQueue,
+    Split,
+)
+from dualkv.storage import StagingPool, Store
+from dualkv.waiting import Notifier, Operation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecodeOnly",
+    "Error",
+    "Grant",
+    "Incoming",
+    "KvGeometry",
+    "Load",
+    "Node",
+    "NodeView",
+    "Notifier",
+    "Operation",
+    "PagedKv",
+    "Path",
+    "PathPolicy",
+    "PathRange",
+    "Peer",
+    "Plan",
+    "PrefillOnly",
+    "RoundRobin",
+    "ShortestQueue",
+    "Split",
+    "StagingPool",
+    "Store",
+    "block_keys",
+    "checksum",
+]

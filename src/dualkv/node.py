@@ -1,0 +1,429 @@
+"""A node and what runs on it: loads, hand-overs, grants."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dualkv import _dualkv
+from dualkv.errors import Error, invalid
+from dualkv.geometry import KvGeometry
+from dualkv.paged import PagedKv
+from dualkv.policy import NodeView
+from dualkv.sizes import parse_size
+from dualkv.storage import (
+    StagingPool,
+    Store,
+    check_options,
+    staging_options,
+    store_options,
+)
+from dualkv.waiting import Notifier, Operation, until
+
+_NODE_OPTIONS = {
+    "connections_per_lane",
+    "low_dscp",
+    "low_so_priority",
+    "high_dscp",
+    "high_so_priority",
+    "write_frame",
+    "write_window",
+    "heartbeat_s",
+    "peer_silence_s",
+    "handshake_s",
+    "reconnect_max_s",
+    "stall_s",
+    "max_loads",
+    "max_peers",
+}
+
+
+def _ids(block_ids: ArrayLike) -> "np.ndarray[Any, np.dtype[np.uint32]]":
+    array = np.asarray(block_ids)
+    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= 2**32):
+        raise invalid(f"block ids: integers from 0 to 2**32 - 1 are needed, got {array.dtype}")
+    return array.astype(np.uint32, copy=False)
+
+
+class Load:
+    """A load in progress on the prefill node. Dropping it cancels it.
+
+    Layer ``i`` is in place when ``wait(i)`` returns or ``await load.layer(i)`` is done: every byte of it is the byte
+    that was saved. Ends, well or not, by its deadline.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._milestones = core.milestones
+
+    @property
+    def id(self) -> int:
+        """What the decode node passes to :meth:`Node.incoming`."""
+        return int(self._core.id)
+
+    def _layer(self, layer: int) -> int:
+        if not 0 <= layer < self._core.layers:
+            raise invalid(f"layer {layer} of {self._core.layers}")
+        return layer
+
+    def ready(self, layer: int) -> bool:
+        """Whether the layer is in place."""
+        return bool(self._milestones.reached(self._layer(layer)))
+
+    def wait(self, layer: int, timeout_s: float | None = None) -> None:
+        """Blocks (without the GIL) until the layer is in place.
+
+        Raises:
+            Error: why the load failed; ``timeout`` if it is still in progress after ``timeout_s``.
+        """
+        self._milestones.wait(self._layer(layer), timeout_s)
+
+    async def layer(self, layer: int) -> None:
+        """The awaitable form of :meth:`wait`."""
+        await until(self._milestones, self._layer(layer))
+
+    def notify(self, layer: int, notifier: Notifier, token: int) -> None:
+        """Puts ``token`` on the notifier when the layer is in place or the load has failed."""
+        self._milestones.notify(self._layer(layer), notifier, token)
+
+    def publish(self, layer: int) -> None:
+        """This layer's new KV is in the cache: send it to the decode node, with what that did not read itself.
+
+        Returns at once. The layer must be in place. The cache must not change until :meth:`finish`.
+        """
+        self._core.publish(self._layer(layer))
+
+    def release(self, layer: int) -> None:
+        """The window slot of this layer is free again (``window_layers``); layers in order."""
+        self._core.release(self._layer(layer))
+
+    def cancel(self) -> None:
+        """Gives up. When it returns, nothing writes to the cache any more."""
+        self._core.cancel()
+
+    def finish(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Blocks until all layers are in place and all published KV has arrived.
+
+        Returns:
+            ``{reason, paths [{node, path, blocks, bytes, first_s, last_s, layer_done_s}], layer_ready_s,
+            layer_published_s, bytes_published, failovers, seconds}``.
+        """
+        self._milestones.wait(self._core.layers, timeout_s)
+        return self.result()
+
+    async def finished(self) -> dict[str, Any]:
+        """The awaitable form of :meth:`finish`."""
+        await until(self._milestones, self._core.layers)
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        """What :meth:`finish` returns, as far as it is known; ``paths`` is filled in at the end."""
+        return dict(self._core.result())
+
+    @property
+    def failed_block(self) -> int | None:
+        """Index of the block that no node could read, if that is why the load failed."""
+        block = int(self._core.failed_block)
+        return None if block < 0 else block
+
+
+class Incoming:
+    """A prompt arriving in the decode node's staging. Dropping it frees the staging."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._milestones = core.milestones
+
+    @property
+    def id(self) -> int:
+        """The load's id."""
+        return int(self._core.id)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the prompt, the last partly filled one included; 0 until it is ready."""
+        return int(self._core.block_count)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Blocks until the whole prompt is in staging."""
+        self._milestones.wait(0, timeout_s)
+
+    async def ready(self) -> None:
+        """The awaitable form of :meth:`wait`."""
+        await until(self._milestones, 0)
+
+    def notify(self, notifier: Notifier, token: int) -> None:
+        """Puts ``token`` on the notifier when the prompt is ready or has failed."""
+        self._milestones.notify(0, notifier, token)
+
+    def copy_to(self, cache: PagedKv, block_ids: ArrayLike) -> None:
+        """Copies block ``i`` of the prompt to ``block_ids[i]``. Blocks; releases the GIL."""
+        self._core.copy_to(cache, _ids(block_ids))
+
+    def save(self, keys: Sequence[bytes], *, first_block: int, parent: bytes = b"") -> Operation:
+        """Saves blocks from staging, without a copy; those stored already are skipped."""
+        return Operation(self._core.save(list(keys), first_block, parent))
+
+    def close(self) -> None:
+        """Frees the staging; cancels the hand-over if it was not complete."""
+        self._core.close()
+
+    def __enter__(self) -> "Incoming":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Grant:
+    """The right of one peer to write into a cache, for a time. Dropping it revokes it."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._milestones = core.milestones
+
+    @property
+    def id(self) -> int:
+        """What the sender passes to :meth:`Peer.send_layers`; unguessable."""
+        return int(self._core.id)
+
+    def wait(self, layer: int, timeout_s: float | None = None) -> None:
+        """Blocks until every block of the layer has arrived and is right."""
+        self._milestones.wait(layer, timeout_s)
+
+    async def layer(self, layer: int) -> None:
+        """The awaitable form of :meth:`wait`."""
+        await until(self._milestones, layer)
+
+    def revoke(self) -> None:
+        """Ends the right. When it returns, nothing writes there any more."""
+        self._core.revoke()
+
+
+class Peer:
+    """A connected node."""
+
+    def __init__(self, core: Any, layers: int) -> None:
+        self._core = core
+        self._layers = layers
+
+    @property
+    def name(self) -> str:
+        """The peer's name."""
+        return str(self._core.name)
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a link right now; a lost one is re-established in the background."""
+        return bool(self._core.connected)
+
+    def view(self) -> NodeView:
+        """The peer's last report, corrected by what this node asked of it since.
+
+        Raises:
+            Error: ``peer_lost`` when it is not connected.
+        """
+        return self._core.view()
+
+    def send_layers(
+        self,
+        grant: int,
+        source: PagedKv,
+        block_ids: ArrayLike,
+        *,
+        first_block: int = 0,
+        layers: tuple[int, int] | None = None,
+        lane: str = "low",
+        deadline_s: float = 30,
+    ) -> Operation:
+        """Sends blocks ``block_ids[i]`` of ``source`` as blocks ``first_block + i`` of the peer's grant.
+
+        Layer by layer, in order. Done when the peer has verified the last byte; the source must not change until
+        then. Dropping the operation withdraws what was not sent.
+
+        Args:
+            layers: (first, count); all if left out.
+            lane: ``"low"`` (KV) or ``"high"`` (the model's own traffic).
+        """
+        if lane not in ("low", "high"):
+            raise invalid(f"lane {lane!r}: must be 'low' or 'high'")
+        first, count = layers if layers is not None else (0, self._layers)
+        core = self._core.send_layers(
+            grant, source, _ids(block_ids), first_block, first, count, lane == "high", deadline_s
+        )
+        return Operation(core, source)
+
+
+class Node:
+    """One engine's store, staging and links, driven by a progress thread of its own.
+
+    Args:
+        name: unique among the nodes that meet.
+        geometry: of the model.
+        store: ``file:///directory``, shared by all nodes.
+        staging: size of the staging pool, like ``"8GiB"``.
+        listen: where peers connect: ``tcp://host:port`` (port 0 = any), ``shm:///path.sock``, ``loopback://name``;
+            one or a list.
+        secret: shared by all peers; needed to listen on, or connect to, another host. Or ``secret_file``, whose
+            content is stripped of white space at its ends.
+        store_options: ``read_limit``, ``backend``, ``quota`` ... (docs/settings.md).
+        staging_options: ``transit_share``, ``lock_memory``, ``huge_pages``.
+        options: ``connections_per_lane``, ``low_dscp``, ``stall_s``, ``peer_silence_s`` ... (docs/settings.md).
+
+    Use it as a context manager, or call :meth:`close`. Thread-safe.
+
+    Raises:
+        Error: naming the option, path or address, and the cure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        geometry: KvGeometry,
+        *,
+        store: str,
+        staging: int | str = "256MiB",
+        listen: str | Sequence[str] = (),
+        secret: str | None = None,
+        secret_file: str | pathlib.Path | None = None,
+        store_options: dict[str, Any] | None = None,
+        staging_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        check_options(options, _NODE_OPTIONS, "node")
+        node = dict(options)
+        for size in ("write_frame", "write_window"):
+            if size in node:
+                node[size] = parse_size(node[size])
+        node["name"] = name
+        node["listen"] = [listen] if isinstance(listen, str) else list(listen)
+        node["secret"] = _secret(secret, secret_file)
+        self._geometry = geometry
+        self._core = _dualkv.Node(
+            geometry,
+            node,
+            _store_options(store, store_options or {}),
+            _staging_options(staging, staging_options or {}),
+        )
+
+    @property
+    def name(self) -> str:
+        """This node's name."""
+        return str(self._core.name)
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """The geometry it was made with."""
+        return self._geometry
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, with the ports the kernel chose."""
+        return list(self._core.addresses)
+
+    @property
+    def store(self) -> Store:
+        """The block store."""
+        return Store._of(self._core.store)
+
+    @property
+    def staging(self) -> StagingPool:
+        """The staging pool."""
+        return StagingPool._of(self._core.staging)
+
+    def connect(self, address: str, timeout_s: float = 5) -> Peer:
+        """Connects to a node and keeps the link up. Blocks; releases the GIL.
+
+        Raises:
+            Error: ``refused`` (secret, geometry, name), ``timeout``, ``peer_lost``.
+        """
+        return Peer(self._core.connect(address, timeout_s), self._geometry.layers)
+
+    def peer(self, name: str) -> Peer:
+        """A peer by name, whoever connected to whom. Raises Error ``not_found``."""
+        return Peer(self._core.peer(name), self._geometry.layers)
+
+    def view(self) -> NodeView:
+        """What a policy needs to know of this node."""
+        return self._core.view()
+
+    def load(
+        self,
+        plan: _dualkv.Plan,
+        *,
+        into: PagedKv,
+        block_ids: ArrayLike,
+        deadline_s: float = 30,
+        window_layers: int = 0,
+    ) -> Load:
+        """Starts a load; returns at once.
+
+        Args:
+            plan: from a policy: which node reads which blocks of the hit, and who decodes.
+            into: this engine's cache.
+            block_ids: where the prompt's blocks go, ``[blocks]``: first the hit's, then those prefill will compute.
+            deadline_s: the load has ended by then, well or not.
+            window_layers: layers the cache can hold at once, 0 = all; see :meth:`Load.release`.
+
+        Raises:
+            Error: ``invalid_argument``, ``peer_lost``, ``no_space`` (the decode node's staging can't hold the
+                prompt): nothing was reserved.
+        """
+        return Load(self._core.load(plan, into, _ids(block_ids), deadline_s, window_layers))
+
+    def incoming(self, load_id: int, deadline_s: float = 30) -> Incoming:
+        """The hand-over of a load to this node, also before the prefill node has begun it. Returns at once.
+
+        It fails with ``timeout`` if the prompt is not complete by the deadline.
+        """
+        return Incoming(self._core.incoming(load_id, deadline_s))
+
+    def grant(self, peer: str, into: PagedKv, block_ids: ArrayLike, *, deadline_s: float = 30) -> Grant:
+        """Lets ``peer`` write blocks 0..n-1 of every layer to ``block_ids`` of ``into``."""
+        return Grant(self._core.grant(peer, into, _ids(block_ids), deadline_s))
+
+    def save(
+        self,
+        keys: Sequence[bytes],
+        source: PagedKv,
+        block_ids: ArrayLike,
+        *,
+        parent: bytes = b"",
+        deadline_s: float = 30,
+    ) -> Operation:
+        """Persists Full Blocks as soon as they are complete; see :meth:`Store.save`."""
+        return self.store.save(keys, source, block_ids, parent=parent, deadline_s=deadline_s)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of store, staging, links and loads, and every fallback in force."""
+        return dict(self._core.stats())
+
+    def close(self) -> None:
+        """Fails what is in progress with ``cancelled``, and joins the progress thread. Idempotent."""
+        self._core.close()
+
+    def __enter__(self) -> "Node":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _secret(secret: str | None, secret_file: str | pathlib.Path | None) -> str:
+    if secret_file is None:
+        return secret or ""
+    if secret is not None:
+        raise invalid("node: give secret or secret_file, not both")
+    try:
+        text = pathlib.Path(secret_file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise Error(f"node: secret_file {str(secret_file)!r}: {error.strerror}", "io", error.errno or 0) from error
+    if not text:
+        raise invalid(f"node: secret_file {str(secret_file)!r} is empty")
+    return text
+
+
+_store_options = store_options
+_staging_options = staging_options
