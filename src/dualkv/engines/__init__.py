@@ -1,1 +1,1 @@
-"""Reference engines: small decoders and serving loops that move their KV through dualkv."""
+"""Reference engines: a prefill and a decode engine to learn the API from. ``prefill.py`` and ``decode.py`` first."""
