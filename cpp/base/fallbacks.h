@@ -17,7 +17,11 @@ class Fallbacks {
 
   // `what` names the fallback ("no_direct"); throws Error(kUnsupported, why) when they are not allowed.
   void count(const std::string& what, const std::string& why) {
+    note(what);
     if (fail_) throw Error(Code::kUnsupported, "fallback '" + what + "' is not allowed (fail_on_fallback): " + why);
+  }
+  // Only counts: for what happens while links run, which are not torn down for it.
+  void note(const std::string& what) {
     const std::lock_guard lock(mutex_);
     ++counts_[what];
   }

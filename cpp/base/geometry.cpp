@@ -14,6 +14,7 @@ namespace {
 
 constexpr std::uint64_t kTrailerFixedBytes = 192;   // docs/formats.md, "Trailer"
 constexpr std::uint64_t kTrailerLayerBytes = 16;    // size and checksum of each Layer Block
+constexpr std::uint64_t kTrailerSealBytes = 8;
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t to) { return (bytes + to - 1) / to * to; }
 
@@ -57,7 +58,7 @@ KvGeometry::KvGeometry(std::vector<std::uint64_t> layer_bytes, std::uint32_t tok
 std::uint64_t KvGeometry::payload_bytes() const { return round_up(block_bytes(), kPageBytes); }
 
 std::uint64_t KvGeometry::trailer_bytes() const {
-  return round_up(kTrailerFixedBytes + layers() * kTrailerLayerBytes, kPageBytes);
+  return round_up(kTrailerFixedBytes + layers() * kTrailerLayerBytes + kTrailerSealBytes, kPageBytes);
 }
 
 std::string KvGeometry::describe() const {

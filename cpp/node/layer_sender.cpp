@@ -29,8 +29,6 @@ bool SendQueue::send_one(LayerSender& sender, Link& link) {
     return false;
   }
   ++sender.in_flight_;
-  Meter& meter = meters_[&link];
-  if (meter.in_flight++ == 0) meter.begin = Clock::now();
   in_flight_.emplace(id, std::move(flight));
   return true;
 }
@@ -43,17 +41,18 @@ void SendQueue::pump(Link& link) {
       turns.pop_front();
       continue;
     }
-    if (!send_one(sender, link)) return;
+    if (!send_one(sender, link)) return meters_[&link].busy(Clock::now());
     turns.pop_front();
     turns.push_back(&sender);
   }
+  meters_[&link].idle();
 }
 
 void SendQueue::on_write_done(Link& link, std::uint64_t id, Outcome outcome) {
   auto node = in_flight_.extract(id);
   if (!node.empty()) {
     InFlight& flight = node.mapped();
-    measure(link, flight.blocks.size() * geometry_.layer_bytes(flight.layer));
+    meters_[&link].add(flight.blocks.size() * geometry_.layer_bytes(flight.layer), Clock::now());
     if (flight.sender != nullptr) {
       --flight.sender->in_flight_;
       const LayerSender::Sent sent = flight.sender->sent_;
@@ -69,25 +68,9 @@ void SendQueue::on_closed(Link& link) {
   std::erase_if(in_flight_, [&](const auto& item) { return item.second.link == &link; });
 }
 
-void SendQueue::measure(Link& link, std::uint64_t bytes) {
-  constexpr double kWindowSeconds = 0.02;
-  constexpr double kWeight = 0.3;
-  Meter& meter = meters_[&link];
-  if (meter.in_flight > 0) --meter.in_flight;
-  meter.bytes += bytes;
-  const double seconds = std::chrono::duration<double>(Clock::now() - meter.begin).count();
-  if (seconds >= kWindowSeconds) {
-    const double rate = static_cast<double>(meter.bytes) / seconds;
-    meter.rate = meter.rate == 0 ? rate : meter.rate + kWeight * (rate - meter.rate);
-    meter.begin = Clock::now();
-    meter.bytes = 0;
-  }
-  if (meter.in_flight == 0) meter.bytes = 0;
-}
-
 std::uint64_t SendQueue::bandwidth(const Link& link) const {
   const auto found = meters_.find(&link);
-  return found == meters_.end() ? 0 : static_cast<std::uint64_t>(found->second.rate);
+  return found == meters_.end() ? 0 : found->second.bytes_per_s();
 }
 
 LayerSender::LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane, Sent sent)

@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/rate_meter.h"
 #include "dualkv/geometry.h"
 #include "transport/transport.h"
 #include "transport/wire.h"
@@ -28,7 +29,7 @@ class SendQueue {
   // Routes a completion to its sender and lets waiting ones go on.
   void on_write_done(Link& link, std::uint64_t id, Outcome outcome);
   void on_closed(Link& link);
-  // Bytes/s acknowledged on the link while it was busy, moving average; 0 = not measured.
+  // Bytes/s acknowledged on the link while it was the bottleneck, moving average; 0 = it never was.
   std::uint64_t bandwidth(const Link& link) const;
 
   const KvGeometry& geometry() const { return geometry_; }
@@ -41,21 +42,14 @@ class SendQueue {
     std::uint32_t layer;
     std::vector<std::uint32_t> blocks;
   };
-  struct Meter {
-    Clock::time_point begin{};
-    std::uint64_t bytes = 0;
-    std::uint32_t in_flight = 0;
-    double rate = 0;
-  };
   bool send_one(LayerSender& sender, Link& link);
-  void measure(Link& link, std::uint64_t bytes);
 
   const KvGeometry geometry_;
   const std::uint64_t frame_bytes_;
   std::uint64_t last_write_ = 0;
   std::unordered_map<const Link*, std::deque<LayerSender*>> turns_;
   std::unordered_map<std::uint64_t, InFlight> in_flight_;
-  std::unordered_map<const Link*, Meter> meters_;
+  std::unordered_map<const Link*, RateMeter> meters_;  // busy while a window is full
 };
 
 // Withdraws what it has not delivered when it ends. Progress thread only.

@@ -13,7 +13,8 @@ namespace dualkv {
 
 namespace {
 
-constexpr std::size_t kMaxSources = 32;  // bits of Block::tried
+constexpr std::size_t kMaxSources = 32;               // bits of Block::tried
+constexpr std::size_t kMaxBlocksPerMessage = 65536;   // 37 bytes each: well within a message's 4 MiB
 
 void require(bool fine, Code code, const std::string& message) {
   if (!fine) throw Error(code, message);
@@ -162,12 +163,15 @@ void LoadTask::open_source(Source& source, const std::vector<std::uint32_t>& blo
 
 void LoadTask::ask(Source& source, const std::vector<std::uint32_t>& blocks) {
   if (blocks.empty()) return;
-  ReadBlocks message{id_, {}};
-  for (std::uint32_t block : blocks) message.blocks.push_back({block, request_.plan.keys[block]});
   const std::uint64_t bytes = blocks.size() * node_.geometry().block_bytes();
   source.asked_bytes += bytes;
   node_.add_asked(source.name, static_cast<std::int64_t>(bytes));
-  node_.send(*source.link, message);
+  for (std::size_t first = 0; first < blocks.size(); first += kMaxBlocksPerMessage) {
+    ReadBlocks message{id_, {}};
+    const std::size_t last = std::min(first + kMaxBlocksPerMessage, blocks.size());
+    for (std::size_t i = first; i < last; ++i) message.blocks.push_back({blocks[i], request_.plan.keys[blocks[i]]});
+    node_.send(*source.link, message);
+  }
 }
 
 void LoadTask::read_here(std::uint32_t block) { reads_->add(block, request_.plan.keys[block]); }
@@ -248,9 +252,10 @@ void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blo
         const std::lock_guard lock(mutex_);
         failed_block_ = block;
       }
-      if (why.code == Code::kNotFound || why.code == Code::kCorrupt) {
-        node_.storage().directory().forget(request_.plan.keys[block]);
-      }
+      BlockDirectory& directory = node_.storage().directory();
+      if (why.code == Code::kNotFound || why.code == Code::kCorrupt) directory.forget(request_.plan.keys[block]);
+      // No side could read it right: out of the way, for every node, so that the next save heals it.
+      if (why.code == Code::kCorrupt) directory.quarantine(request_.plan.keys[block]);
       return fail({why.code, why.os_errno,
                    text("load: block ", block, " (", request_.plan.keys[block].hex(), ") at '", sources_[from]->name,
                         "': ", why.message, "; no other node is left to read it")});

@@ -31,6 +31,8 @@ void check_options(const NodeOptions& options) {
           "node: write_window_bytes must be at least write_frame_bytes");
   require(options.heartbeat_s > 0 && options.peer_silence_s > 2 * options.heartbeat_s,
           "node: peer_silence_s must be more than two heartbeats");
+  require(options.reconnect_max_s >= kFirstRedialPause,
+          text("node: reconnect_max_s = ", options.reconnect_max_s, ": must be at least ", kFirstRedialPause));
   require(options.handshake_s > 0 && options.stall_s > 0, "node: handshake_s and stall_s must be positive");
 }
 
@@ -211,8 +213,11 @@ std::shared_ptr<Link> NodeState::find_link(const std::string& peer) const {
 }
 
 void NodeState::on_open(const std::shared_ptr<Link>& link) {
+  bool full = false;
   {
     const std::lock_guard lock(mutex_);
+    const auto open = std::count_if(peers_.begin(), peers_.end(), [](const auto& p) { return p.second.connected; });
+    full = open >= static_cast<std::ptrdiff_t>(options_.max_peers) && !peers_[link->peer()].connected;
     Peer& peer = peers_[link->peer()];
     peer.links.push_back(link);
     peer.connected = true;
@@ -222,6 +227,7 @@ void NodeState::on_open(const std::shared_ptr<Link>& link) {
       peer.view.tokens_per_block = geometry_.tokens_per_block();
     }
   }
+  if (full) return link->close({Code::kNoSpace, 0, text("more than ", options_.max_peers, " peers; raise `max_peers`")});
   send(*link, ViewMessage{view()});
 }
 
@@ -259,13 +265,7 @@ void NodeState::on_hostile() {
   ++counters_.frames_hostile;
 }
 
-void NodeState::on_fallback(const std::string& what) {
-  try {
-    fallbacks_.count(what, "the kernel refused a socket option");
-  } catch (const Error&) {
-    // A refusal to degrade concerns set-up; a running link is not torn down for a mark.
-  }
-}
+void NodeState::on_fallback(const std::string& what) { fallbacks_.note(what); }
 
 template <typename Visit>
 void NodeState::for_each_task(Visit visit) {

@@ -23,6 +23,7 @@ namespace {
 
 constexpr std::size_t kMostRemembered = 1 << 20;  // keys per in-memory map; beyond it the map starts afresh
 constexpr std::int64_t kStaleTempSeconds = 3600;  // a save never takes this long: its writer is dead
+constexpr std::int64_t kKeepCorruptSeconds = 7 * 24 * 3600;  // evidence is kept a week after the block's last use
 
 std::string hex64(std::uint64_t value) {
   char out[17];
@@ -99,20 +100,29 @@ void BlockDirectory::check_geometry_file() const {
   const std::string temp = text("tmp/geometry-", getpid(), "-", hex64(reinterpret_cast<std::uintptr_t>(this)));
   {
     const Fd fd(openat(directory_.get(), temp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-    if (!fd.valid() || write(fd.get(), mine.data(), mine.size()) != static_cast<ssize_t>(mine.size())) {
+    if (!fd.valid() || write(fd.get(), mine.data(), mine.size()) != static_cast<ssize_t>(mine.size()) ||
+        fdatasync(fd.get()) != 0) {
       unlinkat(directory_.get(), temp.c_str(), 0);
       fail("cannot write in", path_, "check its permissions and free space");
     }
   }
   const int linked = linkat(directory_.get(), temp.c_str(), directory_.get(), "geometry", 0);
-  unlinkat(directory_.get(), temp.c_str(), 0);
-  if (linked == 0) return;
+  if (linked == 0) {
+    unlinkat(directory_.get(), temp.c_str(), 0);
+    return;
+  }
   std::string theirs(1024, '\0');
   const Fd fd(openat(directory_.get(), "geometry", O_RDONLY | O_CLOEXEC));
   const ssize_t got = fd.valid() ? read(fd.get(), theirs.data(), theirs.size()) : -1;
-  if (got < 0) fail("cannot read the geometry of", path_, "check its permissions");
+  if (got < 0) {
+    unlinkat(directory_.get(), temp.c_str(), 0);
+    fail("cannot read the geometry of", path_, "check its permissions");
+  }
   theirs.resize(static_cast<std::size_t>(got));
-  if (theirs.substr(0, 16) == mine.substr(0, 16)) return;
+  const bool torn = theirs.size() < 17;  // a fingerprint and its newline: written by hand, or by a dying disk
+  if (torn) renameat(directory_.get(), temp.c_str(), directory_.get(), "geometry");
+  unlinkat(directory_.get(), temp.c_str(), 0);
+  if (torn || theirs.substr(0, 16) == mine.substr(0, 16)) return;
   throw Error(Code::kInvalidArgument, text("store: '", path_, "' holds blocks of another geometry: ",
                                            theirs.substr(std::min<std::size_t>(17, theirs.size())), "this node: ",
                                            geometry_.describe(), "; use another namespace or root"));
@@ -246,15 +256,25 @@ std::optional<std::uint64_t> BlockDirectory::collect(std::uint64_t quota_bytes) 
   const Fd lease(openat(directory_.get(), "tmp/.collector", O_RDWR | O_CREAT | O_CLOEXEC, 0666));
   if (!lease.valid()) fail("cannot open the collector's lease in", path_, "check its permissions");
   if (flock(lease.get(), LOCK_EX | LOCK_NB) != 0) return std::nullopt;
-  const Directory temps = open_directory(directory_.get(), "tmp");
-  while (const dirent* entry = temps ? readdir(temps.get()) : nullptr) {
-    struct stat info;
-    const std::string name = text("tmp/", entry->d_name);
-    const bool stale = entry->d_name[0] != '.' && fstatat(directory_.get(), name.c_str(), &info, 0) == 0 &&
-                       time(nullptr) - info.st_mtim.tv_sec > kStaleTempSeconds;
-    if (stale) unlinkat(directory_.get(), name.c_str(), 0);
+  remove_stale("tmp", "", kStaleTempSeconds);
+  for (int i = 0; i < 256; ++i) {
+    char folder[3];
+    std::snprintf(folder, sizeof(folder), "%02x", i);
+    remove_stale(folder, ".corrupt", kKeepCorruptSeconds);
   }
   return evict(scan(), quota_bytes);
+}
+
+void BlockDirectory::remove_stale(const std::string& folder, const std::string& suffix, std::int64_t age_s) const {
+  const Directory directory = open_directory(directory_.get(), folder.c_str());
+  while (const dirent* entry = directory ? readdir(directory.get()) : nullptr) {
+    struct stat info;
+    const std::string name = text(folder, "/", entry->d_name);
+    const bool stale = entry->d_name[0] != '.' && name.ends_with(suffix) &&
+                       fstatat(directory_.get(), name.c_str(), &info, 0) == 0 &&
+                       time(nullptr) - info.st_mtim.tv_sec > age_s;
+    if (stale) unlinkat(directory_.get(), name.c_str(), 0);
+  }
 }
 
 // Leaves in order of last use; a parent becomes a leaf when its last child is gone.
@@ -281,9 +301,9 @@ std::uint64_t BlockDirectory::evict(std::vector<File> files, std::uint64_t quota
   while (total > quota_bytes && !leaves.empty()) {
     const File& file = files[leaves.top()];
     leaves.pop();
-    if (in_use(file) || !remove(file.key)) continue;
+    if (in_use(file)) continue;
+    evicted += remove(file.key);  // false: gone already, which frees it just as well
     total -= file.bytes;
-    ++evicted;
     const auto parent = index.find(file.parent);
     if (parent != index.end() && --children[parent->second] == 0) leaves.push(parent->second);
   }

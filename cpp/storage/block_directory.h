@@ -29,6 +29,8 @@ class BlockDirectory {
   const std::string& path() const { return path_; }
 
   bool contains(const Key& key) const;
+  // Stored, and not known to be bad: a save may skip it.
+  bool good(const Key& key) { return contains(key) && !forgotten(key); }
   std::size_t match(std::span<const Key> keys);
   bool remove(const Key& key);
   bool quarantine(const Key& key);
@@ -55,6 +57,7 @@ class BlockDirectory {
   };
   void check_geometry_file() const;
   std::vector<File> scan() const;
+  void remove_stale(const std::string& folder, const std::string& suffix, std::int64_t age_s) const;
   std::uint64_t evict(std::vector<File> files, std::uint64_t quota_bytes);
   bool in_use(const File& file) const;
   bool forgotten(const Key& key);

@@ -80,7 +80,7 @@ void ReadQueue::pump() {
     any = true;
   }
   if (any) {
-    if (window_begin_ == Clock::time_point{}) window_begin_ = Clock::now();
+    meter_.busy(Clock::now());
     reader_->flush();
   }
   schedule_wake();
@@ -108,9 +108,11 @@ void ReadQueue::complete(const ReadCompletion& completion) {
     result.reason = check_image(geometry_, job.key, {result.slot.get(), geometry_.file_bytes()}, job.layers);
     if (!result.reason.empty()) result.outcome = {Code::kCorrupt, 0};
   }
-  measure(bytes);
+  meter_.add(bytes, Clock::now());
+  if (waiting_.empty() && running_.empty()) meter_.idle();
   {
     const std::lock_guard lock(counters_mutex_);
+    counters_.bandwidth = meter_.bytes_per_s();
     counters_.queue_bytes -= bytes;
     ++counters_.blocks;
     counters_.bytes += completion.bytes;
@@ -118,28 +120,6 @@ void ReadQueue::complete(const ReadCompletion& completion) {
     counters_.corrupt += result.outcome.code == Code::kCorrupt;
   }
   if (job.done) job.done(std::move(result));
-}
-
-// Bandwidth counts only while there is something to read; windows of 20 ms, each worth 30 %.
-void ReadQueue::measure(std::uint64_t bytes) {
-  constexpr double kWindowSeconds = 0.02;
-  constexpr double kWeight = 0.3;
-  window_bytes_ += bytes;
-  const auto now = Clock::now();
-  const double seconds = std::chrono::duration<double>(now - window_begin_).count();
-  const bool idle = waiting_.empty() && running_.empty();
-  if (seconds >= kWindowSeconds) {
-    const double rate = static_cast<double>(window_bytes_) / seconds;
-    const std::lock_guard lock(counters_mutex_);
-    const double old = static_cast<double>(counters_.bandwidth);
-    counters_.bandwidth = static_cast<std::uint64_t>(old == 0 ? rate : old + kWeight * (rate - old));
-    window_begin_ = now;
-    window_bytes_ = 0;
-  }
-  if (idle) {
-    window_begin_ = {};
-    window_bytes_ = 0;
-  }
 }
 
 void ReadQueue::cancel(std::uint64_t owner) {

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "base/progress.h"
+#include "base/rate_meter.h"
 #include "dualkv/keys.h"
 #include "dualkv/staging.h"
 #include "storage/block_directory.h"
@@ -59,7 +60,6 @@ class ReadQueue {
   bool start(ReadJob& job);
   void poll();
   void complete(const ReadCompletion& completion);
-  void measure(std::uint64_t bytes);
   void schedule_wake();
 
   Progress& progress_;
@@ -72,8 +72,7 @@ class ReadQueue {
   std::uint64_t next_id_ = 1;
   Progress::TimerId wake_ = 0;
   Clock::time_point wake_at_{};
-  Clock::time_point window_begin_{};
-  std::uint64_t window_bytes_ = 0;
+  RateMeter meter_;
   mutable std::mutex counters_mutex_;
   ReadCounters counters_;
 };

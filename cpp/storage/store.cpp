@@ -32,6 +32,12 @@ void check_options(const StoreOptions& options) {
           text("store: direct '", options.direct, "': must be auto, on or off"));
   require(options.depth >= 1 && options.depth <= 4096, text("store: depth ", options.depth, ": must be 1 to 4096"));
   require(options.save_queue >= 1, "store: save_queue must be at least 1");
+  require(options.in_use_grace_s >= 0 && options.forget_s >= 0, "store: in_use_grace_s and forget_s can't be negative");
+  const ReadFaults& faults = options.faults;
+  for (double rate : {faults.error_rate, faults.short_rate, faults.corrupt_rate, faults.drop_rate, faults.delay_rate}) {
+    require(rate >= 0 && rate <= 1, text("store: fault rate ", rate, ": must be 0 to 1"));
+  }
+  require(faults.delay_s >= 0, "store: delay_s can't be negative");
 }
 
 // Writes and reads back one page with O_DIRECT: what the file system really does, not what open() says.
@@ -292,7 +298,7 @@ Operation Store::save(std::span<const Key> keys, const PagedKv& source, std::spa
   // One job a block, each slot freed as soon as its file is written: a long save never drains the pool.
   const auto call = std::make_shared<SaveCall>();
   for (std::size_t i = 0; i < keys.size(); ++i) {
-    if (contains(keys[i])) continue;
+    if (state_->directory().good(keys[i])) continue;
     const Slot slot = wait_for_slot(pool(), deadline);
     if (!slot) return ended_with({Code::kTimeout, 0, "save: no staging slot became free by the deadline"});
     gather_block(geometry(), source, block_ids[i], slot.get());
@@ -308,7 +314,7 @@ Operation Store::save_slots(std::span<const Key> keys, std::span<const Slot> slo
   check_slots(pool(), slots);
   const auto call = std::make_shared<SaveCall>();
   for (std::size_t i = 0; i < keys.size(); ++i) {
-    if (contains(keys[i])) continue;
+    if (state_->directory().good(keys[i])) continue;
     const TrailerInfo info{keys[i], i == 0 ? parent : keys[i - 1]};
     if (!state_->writer().submit({info, slots[i], call})) return ended_with(kSaveQueueFull);
   }

@@ -93,7 +93,7 @@ bool Channel::read_header() {
   filled_ += static_cast<std::size_t>(got);
   if (filled_ < header_bytes_.size()) return true;
   const auto header = decode_header(header_bytes_);
-  if (!header) {
+  if (!header || (!proven_ && !is_handshake(header->type))) {
     close({Code::kRefused, 0, "the peer sent something that is not a frame"}, /*hostile=*/true);
     return false;
   }
@@ -173,6 +173,13 @@ void Channel::write_some() {
     queued_bytes_ -= static_cast<std::uint64_t>(put);
     if (frame.sent == frame.bytes()) queue_.pop_front();
   }
+  if (closing_ && fd_.valid()) close({Code::kRefused, 0, "refused"});
+}
+
+void Channel::close_after_sending() {
+  closing_ = true;
+  reading_ = false;
+  rearm();
 }
 
 bool Channel::withdraw(std::uint64_t write_id) {

@@ -51,6 +51,8 @@ class Channel : public std::enable_shared_from_this<Channel> {
   int fd() const { return fd_.get(); }
   bool open() const { return fd_.valid(); }
   void set_owner(ChannelOwner& owner) { owner_ = &owner; }
+  // Until the peer has proved itself, only handshake frames are taken: nothing larger is ever allocated for it.
+  void set_proven() { proven_ = true; }
   // Paused channels leave what arrives in the kernel.
   void set_reading(bool reading);
 
@@ -62,6 +64,8 @@ class Channel : public std::enable_shared_from_this<Channel> {
   bool withdraw(std::uint64_t write_id);
   void receive(std::unique_ptr<InboundWrite> write) { inbound_ = std::move(write); }
   void close(const Status& why, bool hostile = false);
+  // Closes when everything queued has been sent.
+  void close_after_sending();
 
  private:
   void on_events(std::uint32_t events);
@@ -79,6 +83,8 @@ class Channel : public std::enable_shared_from_this<Channel> {
   Fd fd_;
   ChannelOwner* owner_;
   bool reading_ = true;
+  bool proven_ = false;
+  bool closing_ = false;  // once the queue is sent
   std::uint32_t armed_ = 0;
   std::deque<OutFrame> queue_;
   std::uint64_t queued_bytes_ = 0;

@@ -65,11 +65,12 @@ std::size_t InboundWrite::next(std::span<iovec> out) {
 void InboundWrite::advance(std::uint64_t bytes) { left_ -= bytes; }
 
 Outcome InboundWrite::finish() {
+  if (grants_.find(header_.grant, peer_) == nullptr) return {Code::kRefused, 0};
   Outcome outcome;
   for (const WriteEntry& entry : header_.entries) {
-    // Looked up for each block: handing over one may end the load and its grant.
+    // Looked up again for each block: handing over one may end the load and its grant.
     GrantSink* sink = grants_.find(header_.grant, peer_);
-    if (sink == nullptr) return {Code::kRefused, 0};
+    if (sink == nullptr) break;
     Extents extents;
     const std::size_t count = sink->target(header_.layer, entry.block, extents);
     if (count == 0) continue;

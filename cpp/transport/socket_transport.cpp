@@ -49,6 +49,7 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
   // Adds a proven channel; true once the link is complete.
   bool attach(const std::shared_ptr<Channel>& channel, ChannelRole role, pid_t pid) {
     channel->set_owner(*this);
+    channel->set_proven();
     channel->set_reading(false);
     pid_ = pid;
     if (role == ChannelRole::kControl) {
@@ -597,10 +598,12 @@ bool SocketTransport::on_proof(const std::shared_ptr<Handshake>& shake, std::spa
   return true;
 }
 
-// Says why, and closes when that has been sent or the handshake's time is up.
+// Says why, then closes.
 void SocketTransport::refuse(const std::shared_ptr<Handshake>& shake, const std::string& why) {
   events_.on_refused();
+  progress_.cancel(std::exchange(shake->timer, 0));
   shake->channel->send(FrameType::kRefuse, std::as_bytes(std::span(why).first(std::min<std::size_t>(why.size(), 1000))));
+  shake->channel->close_after_sending();
 }
 
 void SocketTransport::forget(const std::shared_ptr<Handshake>& shake) {

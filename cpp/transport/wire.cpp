@@ -15,19 +15,17 @@ constexpr std::uint32_t kMaxMessageBytes = 4u << 20;
 constexpr std::uint32_t kMaxWriteBytes = 32 + kMaxWriteBlocks * (16 + PagedKv::kMaxPlanes * 16);
 }  // namespace
 
+bool is_handshake(FrameType type) { return type >= FrameType::kHello && type <= FrameType::kRefuse; }
+
 std::uint32_t max_body_bytes(FrameType type) {
+  if (is_handshake(type)) return kMaxHandshakeBytes;
   switch (type) {
-    case FrameType::kHello:
-    case FrameType::kChallenge:
-    case FrameType::kProof:
-    case FrameType::kWelcome:
-    case FrameType::kRefuse: return kMaxHandshakeBytes;
     case FrameType::kMessage: return kMaxMessageBytes;
     case FrameType::kWrite:
     case FrameType::kWriteRef: return kMaxWriteBytes;
     case FrameType::kWriteDone: return 16;
+    default: return 0;
   }
-  return 0;
 }
 
 std::vector<std::byte> encode_frame(FrameType type, std::span<const std::byte> body) {

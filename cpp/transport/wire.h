@@ -35,6 +35,7 @@ struct FrameHeader {
 
 constexpr std::uint32_t kMaxWriteBlocks = 1024;
 
+bool is_handshake(FrameType type);
 // Largest body a frame of this type may have; 0 for unknown types.
 std::uint32_t max_body_bytes(FrameType type);
 

@@ -102,11 +102,12 @@ TEST(Keys, AnEnginesOwnParentIsAccepted) {
 }
 
 TEST(Key, HasOneToThirtyTwoBytes) {
-  const std::vector<std::byte> bytes(33, std::byte{0xab});
-  EXPECT_EQ(code_of([&] { Key(std::span(bytes).first(0)); }), Code::kInvalidArgument);
-  EXPECT_EQ(code_of([&] { Key{std::span(bytes)}; }), Code::kInvalidArgument);
+  const std::vector<std::byte> memory(33, std::byte{0xab});
+  const std::span<const std::byte> bytes(memory);
+  EXPECT_EQ(code_of([&] { Key key(bytes.first(0)); }), Code::kInvalidArgument);
+  EXPECT_EQ(code_of([&] { Key key(bytes); }), Code::kInvalidArgument);
   for (std::size_t size = 1; size <= Key::kMaxBytes; ++size) {
-    const Key key(std::span(bytes).first(size));
+    const Key key(bytes.first(size));
     EXPECT_EQ(key.bytes().size(), size);
     EXPECT_FALSE(key.empty());
     EXPECT_EQ(key.hex().size(), size * 2);
