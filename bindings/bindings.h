@@ -24,9 +24,7 @@ inline Key to_key(const py::bytes& bytes) {
   const std::string_view view = bytes;
   return Key(std::as_bytes(std::span(view)));
 }
-inline Key to_parent(const py::bytes& bytes) {
-  return std::string_view(bytes).empty() ? Key() : to_key(bytes);
-}
+inline Key to_parent(const py::bytes& bytes) { return std::string_view(bytes).empty() ? Key() : to_key(bytes); }
 inline py::bytes to_bytes(const Key& key) {
   return {reinterpret_cast<const char*>(key.bytes().data()), key.bytes().size()};
 }

@@ -100,9 +100,8 @@ py::dict to_dict(const NodeStats& s) {
 }  // namespace
 
 void register_node(py::module_& m) {
-  m.attr("_loopback_hub") = py::capsule(new std::shared_ptr<LoopbackHub>(make_loopback_hub()), [](void* hub) {
-    delete static_cast<std::shared_ptr<LoopbackHub>*>(hub);
-  });
+  m.attr("_loopback_hub") = py::capsule(new std::shared_ptr<LoopbackHub>(make_loopback_hub()),
+                                        [](void* hub) { delete static_cast<std::shared_ptr<LoopbackHub>*>(hub); });
 
   py::class_<Load>(m, "Load", py::release_gil_before_calling_cpp_dtor())
       .def_property_readonly("id", &Load::id)
@@ -118,14 +117,14 @@ void register_node(py::module_& m) {
       .def_property_readonly("id", &Incoming::id)
       .def_property_readonly("block_count", &Incoming::block_count)
       .def_property_readonly("milestones", &Incoming::milestones)
-      .def("copy_to", [](const Incoming& i, const Cache& target, const Ids& ids) {
-        const std::vector<std::uint32_t> blocks = to_ids(ids);
-        const py::gil_scoped_release release;
-        i.copy_to(*target.kv, blocks);
-      })
-      .def("save", [](const Incoming& i, const std::vector<py::bytes>& keys, std::uint32_t first_block, const py::bytes& parent) {
-        return i.save(to_keys(keys), first_block, to_parent(parent));
-      })
+      .def("copy_to",
+           [](const Incoming& i, const Cache& target, const Ids& ids) {
+             const std::vector<std::uint32_t> blocks = to_ids(ids);
+             const py::gil_scoped_release release;
+             i.copy_to(*target.kv, blocks);
+           })
+      .def("save", [](const Incoming& i, const std::vector<py::bytes>& keys, std::uint32_t first_block,
+                      const py::bytes& parent) { return i.save(to_keys(keys), first_block, to_parent(parent)); })
       .def("close", &Incoming::close, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Grant>(m, "Grant", py::release_gil_before_calling_cpp_dtor())
@@ -137,22 +136,32 @@ void register_node(py::module_& m) {
       .def_property_readonly("name", &Peer::name)
       .def_property_readonly("connected", &Peer::connected)
       .def("view", &Peer::view)
-      .def("send_layers", [](const Peer& p, std::uint64_t grant, const Cache& source, const Ids& ids,
-                             std::uint32_t first_block, std::uint32_t first_layer, std::uint32_t layer_count, bool high, double deadline_s) {
-        SendRequest request{grant, source.kv, to_ids(ids), first_block, {first_layer, layer_count}, high ? Lane::kHigh : Lane::kLow, deadline_s};
-        const py::gil_scoped_release release;
-        return p.send_layers(std::move(request));
-      }, py::keep_alive<0, 3>());
+      .def(
+          "send_layers",
+          [](const Peer& p, std::uint64_t grant, const Cache& source, const Ids& ids, std::uint32_t first_block,
+             std::uint32_t first_layer, std::uint32_t layer_count, bool high, double deadline_s) {
+            SendRequest request{grant,
+                                source.kv,
+                                to_ids(ids),
+                                first_block,
+                                {first_layer, layer_count},
+                                high ? Lane::kHigh : Lane::kLow,
+                                deadline_s};
+            const py::gil_scoped_release release;
+            return p.send_layers(std::move(request));
+          },
+          py::keep_alive<0, 3>());
 
   py::class_<Node>(m, "Node", py::release_gil_before_calling_cpp_dtor())
-      .def(py::init([m](const KvGeometry& geometry, const py::dict& node, const py::dict& store, const py::dict& staging) {
-        NodeOptions options = to_node_options(node);
-        options.store = to_store_options(store);
-        options.staging = to_staging_options(staging);
-        options.loopback = hub_of(m);
-        const py::gil_scoped_release release;
-        return std::make_unique<Node>(geometry, std::move(options));
-      }))
+      .def(py::init(
+          [m](const KvGeometry& geometry, const py::dict& node, const py::dict& store, const py::dict& staging) {
+            NodeOptions options = to_node_options(node);
+            options.store = to_store_options(store);
+            options.staging = to_staging_options(staging);
+            options.loopback = hub_of(m);
+            const py::gil_scoped_release release;
+            return std::make_unique<Node>(geometry, std::move(options));
+          }))
       .def_property_readonly("name", &Node::name)
       .def_property_readonly("addresses", &Node::addresses)
       .def_property_readonly("store", [](Node& n) { return n.store(); })
@@ -160,25 +169,32 @@ void register_node(py::module_& m) {
       .def("connect", &Node::connect, py::call_guard<py::gil_scoped_release>())
       .def("peer", &Node::peer)
       .def("view", &Node::view)
-      .def("load", [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window) {
-        LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window};
-        const py::gil_scoped_release release;
-        return n.load(std::move(request));
-      }, py::keep_alive<0, 3>())
+      .def(
+          "load",
+          [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window) {
+            LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window};
+            const py::gil_scoped_release release;
+            return n.load(std::move(request));
+          },
+          py::keep_alive<0, 3>())
       .def("incoming", &Node::incoming, py::call_guard<py::gil_scoped_release>())
-      .def("grant", [](Node& n, const std::string& peer, const Cache& into, const Ids& ids, double deadline_s) {
-        std::vector<std::uint32_t> blocks = to_ids(ids);
-        const py::gil_scoped_release release;
-        return n.grant(peer, into.kv, std::move(blocks), deadline_s);
-      }, py::keep_alive<0, 3>())
-      .def("stats", [](const Node& n) {
-        NodeStats stats;
-        {
-          const py::gil_scoped_release release;
-          stats = n.stats();
-        }
-        return to_dict(stats);
-      })
+      .def(
+          "grant",
+          [](Node& n, const std::string& peer, const Cache& into, const Ids& ids, double deadline_s) {
+            std::vector<std::uint32_t> blocks = to_ids(ids);
+            const py::gil_scoped_release release;
+            return n.grant(peer, into.kv, std::move(blocks), deadline_s);
+          },
+          py::keep_alive<0, 3>())
+      .def("stats",
+           [](const Node& n) {
+             NodeStats stats;
+             {
+               const py::gil_scoped_release release;
+               stats = n.stats();
+             }
+             return to_dict(stats);
+           })
       .def("close", &Node::close, py::call_guard<py::gil_scoped_release>());
 }
 

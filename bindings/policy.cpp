@@ -66,24 +66,26 @@ void register_policy(py::module_& m) {
       .def_readonly("link_bandwidth", &NodeView::link_bandwidth)
       .def_readonly("free_slots", &NodeView::free_slots)
       .def_readonly("prompt_slots", &NodeView::prompt_slots)
-      .def_property_readonly("lane_bytes", [](const NodeView& v) { return py::make_tuple(v.lane_bytes[0], v.lane_bytes[1]); });
+      .def_property_readonly("lane_bytes",
+                             [](const NodeView& v) { return py::make_tuple(v.lane_bytes[0], v.lane_bytes[1]); });
 
   py::class_<PathRange>(m, "PathRange")
-      .def(py::init<std::string, Path, std::uint32_t, std::uint32_t>(), py::arg("node"), py::arg("path"), py::arg("first"),
-           py::arg("count"))
+      .def(py::init<std::string, Path, std::uint32_t, std::uint32_t>(), py::arg("node"), py::arg("path"),
+           py::arg("first"), py::arg("count"))
       .def_readonly("node", &PathRange::node)
       .def_readonly("path", &PathRange::path)
       .def_readonly("first", &PathRange::first)
       .def_readonly("count", &PathRange::count)
       .def("__repr__", [](const PathRange& r) {
-        return "PathRange(node='" + r.node + "', path=" + std::string(to_string(r.path)) + ", first=" +
-               std::to_string(r.first) + ", count=" + std::to_string(r.count) + ")";
+        return "PathRange(node='" + r.node + "', path=" + std::string(to_string(r.path)) +
+               ", first=" + std::to_string(r.first) + ", count=" + std::to_string(r.count) + ")";
       });
 
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::vector<py::bytes>& keys, std::vector<PathRange> ranges, std::string prefill,
                        std::string decode, std::vector<std::string> helpers, std::string reason) {
-             Plan plan{to_keys(keys), std::move(ranges), std::move(prefill), std::move(decode), std::move(helpers), std::move(reason)};
+             Plan plan{to_keys(keys),     std::move(ranges),  std::move(prefill),
+                       std::move(decode), std::move(helpers), std::move(reason)};
              check_plan(plan);
              return plan;
            }),

@@ -126,7 +126,8 @@ void register_storage(py::module_& m) {
       .def_property_readonly("milestones", [](const Acquisition& a) { return a.milestones; })
       .def("withdraw", [](Acquisition& a) { a.pool.withdraw(a.ticket); })
       .def("slots", [](const Acquisition& a) {
-        if (!a.milestones->reached(0)) throw Error(Code::kInvalidArgument, "staging: the slots have not come yet; wait first");
+        if (!a.milestones->reached(0))
+          throw Error(Code::kInvalidArgument, "staging: the slots have not come yet; wait first");
         std::vector<PySlot> out;
         for (const Slot& slot : *a.slots) out.push_back({slot, a.pool.slot_bytes()});
         a.slots->clear();
@@ -149,41 +150,46 @@ void register_storage(py::module_& m) {
       }))
       .def_property_readonly("geometry", &Store::geometry)
       .def_property_readonly("pool", &Store::pool)
-      .def("match", [](Store& s, const std::vector<py::bytes>& keys) {
-        const std::vector<Key> wanted = to_keys(keys);
-        const py::gil_scoped_release release;
-        return s.match(wanted);
-      })
+      .def("match",
+           [](Store& s, const std::vector<py::bytes>& keys) {
+             const std::vector<Key> wanted = to_keys(keys);
+             const py::gil_scoped_release release;
+             return s.match(wanted);
+           })
       .def("contains", [](Store& s, const py::bytes& key) { return s.contains(to_key(key)); })
-      .def("read", [](Store& s, const std::vector<py::bytes>& keys, const std::vector<PySlot>& slots, std::uint32_t first,
-                      std::uint32_t count, double deadline_s) {
-        return s.read(to_keys(keys), to_slots(slots), {first, count}, until(deadline_s));
-      })
-      .def("save", [](Store& s, const std::vector<py::bytes>& keys, const Cache& source, const Ids& ids,
-                      const py::bytes& parent, double deadline_s) {
-        const std::vector<Key> names = to_keys(keys);
-        const std::vector<std::uint32_t> blocks = to_ids(ids);
-        const Key before = to_parent(parent);
-        const py::gil_scoped_release release;
-        return s.save(names, *source.kv, blocks, before, until(deadline_s));
-      })
-      .def("save_slots", [](Store& s, const std::vector<py::bytes>& keys, const std::vector<PySlot>& slots, const py::bytes& parent) {
-        return s.save_slots(to_keys(keys), to_slots(slots), to_parent(parent));
-      })
+      .def("read",
+           [](Store& s, const std::vector<py::bytes>& keys, const std::vector<PySlot>& slots, std::uint32_t first,
+              std::uint32_t count,
+              double deadline_s) { return s.read(to_keys(keys), to_slots(slots), {first, count}, until(deadline_s)); })
+      .def("save",
+           [](Store& s, const std::vector<py::bytes>& keys, const Cache& source, const Ids& ids,
+              const py::bytes& parent, double deadline_s) {
+             const std::vector<Key> names = to_keys(keys);
+             const std::vector<std::uint32_t> blocks = to_ids(ids);
+             const Key before = to_parent(parent);
+             const py::gil_scoped_release release;
+             return s.save(names, *source.kv, blocks, before, until(deadline_s));
+           })
+      .def("save_slots",
+           [](Store& s, const std::vector<py::bytes>& keys, const std::vector<PySlot>& slots, const py::bytes& parent) {
+             return s.save_slots(to_keys(keys), to_slots(slots), to_parent(parent));
+           })
       .def("remove", [](Store& s, const py::bytes& key) { return s.remove(to_key(key)); })
       .def("quarantine", [](Store& s, const py::bytes& key) { return s.quarantine(to_key(key)); })
-      .def("verify", [](Store& s) {
-        VerifyReport report;
-        {
-          const py::gil_scoped_release release;
-          report = s.verify();
-        }
-        return py::make_tuple(report.blocks, report.bad);
-      })
-      .def("collect", [](Store& s, std::uint64_t quota) {
-        const py::gil_scoped_release release;
-        return s.collect(quota);
-      })
+      .def("verify",
+           [](Store& s) {
+             VerifyReport report;
+             {
+               const py::gil_scoped_release release;
+               report = s.verify();
+             }
+             return py::make_tuple(report.blocks, report.bad);
+           })
+      .def("collect",
+           [](Store& s, std::uint64_t quota) {
+             const py::gil_scoped_release release;
+             return s.collect(quota);
+           })
       .def("stats", [](const Store& s) { return to_dict(s.stats()); });
 }
 

@@ -29,7 +29,8 @@ Cache make_cache(const KvGeometry& geometry, const Planes& planes, std::uint32_t
   for (py::ssize_t i = 0; i < view.shape(0); ++i) {
     for (py::ssize_t j = 0; j < view.shape(1); ++j) {
       if (view(i, j, 2) == 0) continue;
-      layers[static_cast<std::size_t>(i)].push_back({reinterpret_cast<std::byte*>(view(i, j, 0)), view(i, j, 1), view(i, j, 2)});
+      layers[static_cast<std::size_t>(i)].push_back(
+          {reinterpret_cast<std::byte*>(view(i, j, 0)), view(i, j, 1), view(i, j, 2)});
     }
   }
   return {std::make_shared<PagedKv>(geometry, std::move(layers), block_count), std::move(owners)};
@@ -39,10 +40,12 @@ std::uint64_t checksum_of(const py::buffer& buffer) {
   const py::buffer_info info = buffer.request();
   py::ssize_t expected = info.itemsize;
   for (py::ssize_t i = info.ndim - 1; i >= 0; --i) {
-    if (info.shape[i] > 1 && info.strides[i] != expected) throw Error(Code::kInvalidArgument, "checksum: the buffer must be contiguous");
+    if (info.shape[i] > 1 && info.strides[i] != expected)
+      throw Error(Code::kInvalidArgument, "checksum: the buffer must be contiguous");
     expected *= info.shape[i];
   }
-  const std::span<const std::byte> bytes(static_cast<const std::byte*>(info.ptr), static_cast<std::size_t>(info.size * info.itemsize));
+  const std::span<const std::byte> bytes(static_cast<const std::byte*>(info.ptr),
+                                         static_cast<std::size_t>(info.size * info.itemsize));
   const py::gil_scoped_release release;
   return checksum(bytes);
 }
@@ -61,14 +64,20 @@ void register_values(py::module_& m) {
       .def_property_readonly("block_bytes", &KvGeometry::block_bytes)
       .def_property_readonly("file_bytes", &KvGeometry::file_bytes)
       .def_property_readonly("fingerprint", &KvGeometry::fingerprint)
-      .def("layer_bytes", [](const KvGeometry& g, std::uint32_t layer) {
-        if (layer >= g.layers()) throw Error(Code::kInvalidArgument, "layer " + std::to_string(layer) + " of " + std::to_string(g.layers()));
-        return g.layer_bytes(layer);
-      })
-      .def("layer_offset", [](const KvGeometry& g, std::uint32_t layer) {
-        if (layer > g.layers()) throw Error(Code::kInvalidArgument, "layer " + std::to_string(layer) + " of " + std::to_string(g.layers()));
-        return g.layer_offset(layer);
-      })
+      .def("layer_bytes",
+           [](const KvGeometry& g, std::uint32_t layer) {
+             if (layer >= g.layers())
+               throw Error(Code::kInvalidArgument,
+                           "layer " + std::to_string(layer) + " of " + std::to_string(g.layers()));
+             return g.layer_bytes(layer);
+           })
+      .def("layer_offset",
+           [](const KvGeometry& g, std::uint32_t layer) {
+             if (layer > g.layers())
+               throw Error(Code::kInvalidArgument,
+                           "layer " + std::to_string(layer) + " of " + std::to_string(g.layers()));
+             return g.layer_offset(layer);
+           })
       .def("__eq__", [](const KvGeometry& a, const KvGeometry& b) { return a == b; })
       .def("__str__", &KvGeometry::describe);
 
@@ -99,16 +108,19 @@ void register_values(py::module_& m) {
       .def("reached", &Milestones::reached)
       .def("ended", &Milestones::ended)
       .def("reach", &Milestones::reach)
-      .def("raise_if_failed", [](const Milestones& self, std::uint32_t milestone) {
-        if (!self.reached(milestone)) raise_if_failed(self.status());
-      })
-      .def("wait", [](const Milestones& self, std::uint32_t milestone, std::optional<double> timeout_s) {
-        const py::gil_scoped_release release;
-        raise_if_failed(self.wait(milestone, until(timeout_s)));
-      })
+      .def("raise_if_failed",
+           [](const Milestones& self, std::uint32_t milestone) {
+             if (!self.reached(milestone)) raise_if_failed(self.status());
+           })
+      .def("wait",
+           [](const Milestones& self, std::uint32_t milestone, std::optional<double> timeout_s) {
+             const py::gil_scoped_release release;
+             raise_if_failed(self.wait(milestone, until(timeout_s)));
+           })
       .def("notify", &Milestones::notify);
 
-  py::class_<Operation>(m, "Operation", py::release_gil_before_calling_cpp_dtor()).def_property_readonly("milestones", &Operation::milestones);
+  py::class_<Operation>(m, "Operation", py::release_gil_before_calling_cpp_dtor())
+      .def_property_readonly("milestones", &Operation::milestones);
 }
 
 }  // namespace dualkv::bindings

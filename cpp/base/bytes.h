@@ -47,8 +47,7 @@ class ByteReader {
   // Empty if fewer are left.
   std::span<const std::byte> get_bytes(std::size_t count) {
     if (count > bytes_.size()) {
-      ok_ = false;
-      bytes_ = {};
+      fail();
       return {};
     }
     const auto taken = bytes_.first(count);
@@ -57,9 +56,14 @@ class ByteReader {
   }
   std::string get_string(std::size_t most) {
     const auto size = get<std::uint16_t>();
-    if (size > most) ok_ = false;
+    if (size > most) fail();
     const auto raw = get_bytes(size);
     return {reinterpret_cast<const char*>(raw.data()), raw.size()};
+  }
+  // What was read makes no sense.
+  void fail() {
+    ok_ = false;
+    bytes_ = {};
   }
   std::size_t left() const { return bytes_.size(); }
   bool ok() const { return ok_; }

@@ -12,8 +12,8 @@ namespace dualkv {
 
 namespace {
 
-constexpr std::uint64_t kTrailerFixedBytes = 192;   // docs/formats.md, "Trailer"
-constexpr std::uint64_t kTrailerLayerBytes = 16;    // size and checksum of each Layer Block
+constexpr std::uint64_t kTrailerFixedBytes = 192;  // docs/formats.md, "Trailer"
+constexpr std::uint64_t kTrailerLayerBytes = 16;   // size and checksum of each Layer Block
 constexpr std::uint64_t kTrailerSealBytes = 8;
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t to) { return (bytes + to - 1) / to * to; }

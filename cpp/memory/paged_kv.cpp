@@ -20,6 +20,9 @@ void check_layer(const KvGeometry& geometry, std::uint32_t layer, const std::vec
   for (const Plane& plane : planes) {
     if (plane.base == nullptr) refuse("a plane has a null pointer");
     if (plane.bytes == 0) refuse("a plane has 0 bytes a block");
+    if (plane.bytes > geometry.layer_bytes(layer)) {
+      refuse(text("a plane has ", plane.bytes, " bytes a block, the geometry says ", geometry.layer_bytes(layer)));
+    }
     if (block_count > 1 && plane.block_stride < plane.bytes) {
       refuse(text("block stride ", plane.block_stride, " is less than the ", plane.bytes, " bytes of a block"));
     }

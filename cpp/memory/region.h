@@ -26,8 +26,8 @@ class Region {
 
  private:
   std::byte* data_ = nullptr;
-  std::uint64_t bytes_ = 0;    // asked for
-  std::uint64_t mapped_ = 0;   // rounded up to what munmap needs
+  std::uint64_t bytes_ = 0;   // asked for
+  std::uint64_t mapped_ = 0;  // rounded up to what munmap needs
   Pages pages_ = Pages::kSmall;
   bool locked_ = false;
 };

@@ -14,8 +14,8 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
   StagingState(const KvGeometry& geometry, const StagingOptions& options)
       : slot_bytes_(geometry.file_bytes()),
         slots_(slot_count(geometry, options)),
-        prompt_limit_(slots_ - std::clamp<std::uint32_t>(
-                                   static_cast<std::uint32_t>(slots_ * options.transit_share), 1, slots_ - 1)),
+        prompt_limit_(slots_ - std::clamp<std::uint32_t>(static_cast<std::uint32_t>(slots_ * options.transit_share), 1,
+                                                         slots_ - 1)),
         region_(slot_bytes_ * slots_, options) {
     free_.reserve(slots_);
     for (std::uint32_t i = slots_; i-- > 0;) free_.push_back(region_.memory().data() + i * slot_bytes_);
@@ -95,7 +95,7 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
       throw Error(Code::kInvalidArgument, text("staging = ", options.bytes, " bytes holds ", count, " slots of ",
                                                geometry.file_bytes(), " bytes: at least 2 are needed"));
     }
-    if (options.transit_share < 0 || options.transit_share > 1) {
+    if (!(options.transit_share >= 0 && options.transit_share <= 1)) {  // also NaN
       throw Error(Code::kInvalidArgument, text("transit_share = ", options.transit_share, ": must be 0 to 1"));
     }
     return static_cast<std::uint32_t>(std::min<std::uint64_t>(count, 1u << 24));

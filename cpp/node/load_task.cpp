@@ -13,8 +13,8 @@ namespace dualkv {
 
 namespace {
 
-constexpr std::size_t kMaxSources = 32;               // bits of Block::tried
-constexpr std::size_t kMaxBlocksPerMessage = 65536;   // 37 bytes each: well within a message's 4 MiB
+constexpr std::size_t kMaxSources = 32;              // bits of Block::tried
+constexpr std::size_t kMaxBlocksPerMessage = 65536;  // 37 bytes each: well within a message's 4 MiB
 
 void require(bool fine, Code code, const std::string& message) {
   if (!fine) throw Error(code, message);
@@ -45,9 +45,14 @@ std::shared_ptr<LoadTask> LoadTask::begin(NodeState& node, LoadRequest request) 
 }
 
 LoadTask::LoadTask(NodeState& node, LoadRequest request)
-    : node_(node), request_(std::move(request)), id_(random_u64() >> 1), layers_(node.geometry().layers()),
-      hit_(static_cast<std::uint32_t>(request_.plan.keys.size())), started_(Clock::now()),
-      deadline_(started_ + seconds(request_.deadline_s)), milestones_(std::make_shared<Milestones>(layers_ + 1)) {
+    : node_(node),
+      request_(std::move(request)),
+      id_(random_u64() >> 1),
+      layers_(node.geometry().layers()),
+      hit_(static_cast<std::uint32_t>(request_.plan.keys.size())),
+      started_(Clock::now()),
+      deadline_(started_ + seconds(request_.deadline_s)),
+      milestones_(std::make_shared<Milestones>(layers_ + 1)) {
   blocks_.resize(hit_);
   for (Block& block : blocks_) block.layers_left = layers_;
   delivered_.resize(std::size_t{layers_} * hit_);
@@ -96,7 +101,8 @@ void LoadTask::add_source(const std::string& name, Path path, bool required) {
     if (!link && !required) return;
     require(link != nullptr, Code::kPeerLost, text("load: node '", name, "' of the plan is not connected"));
   }
-  require(sources_.size() < kMaxSources, Code::kInvalidArgument, text("load: more than ", kMaxSources, " nodes in a plan"));
+  require(sources_.size() < kMaxSources, Code::kInvalidArgument,
+          text("load: more than ", kMaxSources, " nodes in a plan"));
   if (path == Path::kDecode) {
     const std::uint32_t most = node_.view_of(name).prompt_slots;
     require(most == 0 || request_.block_ids.size() <= most, Code::kNoSpace,
@@ -127,7 +133,8 @@ void LoadTask::open_sources() {
   });
   std::vector<std::vector<std::uint32_t>> shares(sources_.size());
   for (const PathRange& range : request_.plan.ranges) {
-    const auto source = std::find_if(sources_.begin(), sources_.end(), [&](const auto& s) { return s->name == range.node; });
+    const auto source =
+        std::find_if(sources_.begin(), sources_.end(), [&](const auto& s) { return s->name == range.node; });
     for (std::uint32_t i = range.first; i < range.first + range.count; ++i) {
       blocks_[i].source = static_cast<std::uint16_t>((*source)->index);
       blocks_[i].tried = 1u << (*source)->index;
@@ -136,7 +143,8 @@ void LoadTask::open_sources() {
   }
   reads_ = std::make_unique<BlockReads>(node_.storage(), per_read_, credit_,
                                         [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
-                                          if (const auto self = weak.lock()) self->on_read(block, layers, std::move(result));
+                                          if (const auto self = weak.lock())
+                                            self->on_read(block, layers, std::move(result));
                                         });
   for (std::size_t i = 1; i < sources_.size(); ++i) open_source(*sources_[i], shares[i]);
   for (std::uint32_t block : shares[0]) read_here(block);
@@ -244,16 +252,16 @@ void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blo
   for (std::uint32_t block : blocks) {
     Block& state = blocks_[block];
     if (state.source != from || state.layers_left == 0) continue;
-    const auto next = std::find_if(sources_.begin(), sources_.end(), [&](const auto& s) {
-      return !s->lost && (state.tried >> s->index & 1) == 0;
-    });
+    const auto next = std::find_if(sources_.begin(), sources_.end(),
+                                   [&](const auto& s) { return !s->lost && (state.tried >> s->index & 1) == 0; });
     if (next == sources_.end()) {
       {
         const std::lock_guard lock(mutex_);
         failed_block_ = block;
       }
       BlockDirectory& directory = node_.storage().directory();
-      if (why.code == Code::kNotFound || why.code == Code::kCorrupt) directory.forget(request_.plan.keys[block]);
+      const bool unreadable = why.code == Code::kNotFound || why.code == Code::kCorrupt || why.code == Code::kIo;
+      if (unreadable) directory.forget(request_.plan.keys[block]);
       // No side could read it right: out of the way, for every node, so that the next save heals it.
       if (why.code == Code::kCorrupt) directory.quarantine(request_.plan.keys[block]);
       return fail({why.code, why.os_errno,
@@ -327,7 +335,8 @@ void LoadTask::on_stalled(const std::string& name) {
   const auto keep = shared_from_this();
   for (std::size_t i = 0; i < sources_.size() && !ended_; ++i) {
     if (sources_[i]->name != name) continue;
-    source_lost(i, {Code::kTimeout, 0, text("storage of '", name, "' finished no read for ", node_.options().stall_s, " s")});
+    source_lost(
+        i, {Code::kTimeout, 0, text("storage of '", name, "' finished no read for ", node_.options().stall_s, " s")});
   }
 }
 
@@ -370,8 +379,8 @@ void LoadTask::on_published(const std::vector<std::uint32_t>& blocks, std::uint3
   if (ended_) return;
   publish_pending_ -= blocks.size();
   if (!outcome.ok()) {
-    return handover_failed({outcome.code, 0, text("'", sources_[decode_source_]->name, "' did not take layer ", layer,
-                                                  " of the new KV")});
+    return handover_failed(
+        {outcome.code, 0, text("'", sources_[decode_source_]->name, "' did not take layer ", layer, " of the new KV")});
   }
   maybe_finish();
 }

@@ -60,7 +60,7 @@ class LoadTask : public NodeTask, public std::enable_shared_from_this<LoadTask> 
   };
   struct Block {
     std::uint16_t source = 0;
-    std::uint32_t tried = 0;        // bit a source
+    std::uint32_t tried = 0;  // bit a source
     std::uint32_t layers_left = 0;
   };
 
@@ -97,21 +97,21 @@ class LoadTask : public NodeTask, public std::enable_shared_from_this<LoadTask> 
   Progress::TimerId timer_ = 0;
   std::vector<std::unique_ptr<Source>> sources_;  // 0 is this node
   std::vector<Block> blocks_;
-  std::vector<bool> delivered_;              // [layer][block]
-  std::vector<std::uint64_t> checksums_;     // of delivered Layer Blocks
-  std::vector<std::uint32_t> layer_left_;    // blocks not yet in place
+  std::vector<bool> delivered_;            // [layer][block]
+  std::vector<std::uint64_t> checksums_;   // of delivered Layer Blocks
+  std::vector<std::uint32_t> layer_left_;  // blocks not yet in place
   std::uint32_t layers_ready_ = 0;
   std::uint32_t credit_ = 0;
   std::uint32_t released_ = 0;
   std::uint32_t per_read_ = 0;
   std::unique_ptr<BlockReads> reads_;
-  std::size_t decode_source_ = 0;            // 0: none
+  std::size_t decode_source_ = 0;  // 0: none
   std::uint64_t decode_grant_ = 0;
   std::unique_ptr<LayerSender> publisher_;
-  std::vector<std::uint32_t> publish_queue_; // layers published before the decode node was ready
+  std::vector<std::uint32_t> publish_queue_;  // layers published before the decode node was ready
   std::vector<bool> published_;
   std::uint32_t layers_published_ = 0;
-  std::uint64_t publish_pending_ = 0;        // Layer Blocks not acknowledged
+  std::uint64_t publish_pending_ = 0;  // Layer Blocks not acknowledged
   Status handover_failure_;
   bool ended_ = false;
   mutable std::mutex mutex_;  // guards what follows

@@ -49,7 +49,9 @@ void put(ByteWriter& out, const OpenLoad& m) {
 
 void get(ByteReader& in, OpenLoad& m) {
   m.load = in.get<std::uint64_t>();
-  m.decode = in.get<std::uint8_t>() != 0;
+  const auto decode = in.get<std::uint8_t>();
+  if (decode > 1) in.fail();
+  m.decode = decode == 1;
   m.time_left_us = in.get<std::uint64_t>();
   m.prompt_blocks = in.get<std::uint32_t>();
   m.layers_per_read = in.get<std::uint32_t>();
@@ -63,7 +65,9 @@ void put_why(ByteWriter& out, Code code, const std::string& why) {
 }
 
 void get_why(ByteReader& in, Code& code, std::string& why) {
-  code = static_cast<Code>(std::min(in.get<std::uint8_t>(), static_cast<std::uint8_t>(Code::kUnsupported)));
+  const auto number = in.get<std::uint8_t>();
+  if (number > static_cast<std::uint8_t>(Code::kUnsupported)) return in.fail();
+  code = static_cast<Code>(number);
   why = in.get_string(kMaxTextBytes);
 }
 
@@ -95,10 +99,7 @@ void get(ByteReader& in, ReadBlocks& m) {
     block.block = in.get<std::uint32_t>();
     const auto size = in.get<std::uint8_t>();
     const auto key = in.get_bytes(size);
-    if (key.empty() || key.size() > Key::kMaxBytes) {
-      in.get_bytes(in.left() + 1);  // malformed
-      return;
-    }
+    if (key.empty() || key.size() > Key::kMaxBytes) return in.fail();
     block.key = Key(key);
     m.blocks.push_back(block);
   }

@@ -28,7 +28,7 @@ struct OpenLoad {
   std::uint32_t prompt_blocks = 0;
   std::uint32_t layers_per_read = 0;
   std::uint32_t credit_layers = 0;
-  std::uint64_t grant = 0;         // to write into the prefill node's cache
+  std::uint64_t grant = 0;  // to write into the prefill node's cache
 };
 
 // Decode to prefill: the prompt has its staging; publish into `grant`. Or it can't have it, and why.

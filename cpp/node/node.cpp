@@ -70,7 +70,8 @@ void Load::publish(std::uint32_t layer) {
   if (!task_->milestones()->reached(layer)) {
     const Status status = task_->milestones()->status();
     if (!status.ok()) throw Error(status);
-    throw Error(Code::kInvalidArgument, text("publish: layer ", layer, " has not been loaded yet; wait(", layer, ") first"));
+    throw Error(Code::kInvalidArgument,
+                text("publish: layer ", layer, " has not been loaded yet; wait(", layer, ") first"));
   }
   task_->node()->progress().post([task = task_, layer] { task->publish(layer); });
 }
@@ -100,11 +101,14 @@ void Incoming::copy_to(const PagedKv& target, std::span<const std::uint32_t> blo
   const KvGeometry& geometry = task_->node()->geometry();
   if (slots.empty()) throw Error(Code::kInvalidArgument, "copy_to: the prompt is not complete, or was closed");
   if (block_ids.size() != slots.size()) {
-    throw Error(Code::kInvalidArgument, text("copy_to: ", block_ids.size(), " block ids for ", slots.size(), " blocks"));
+    throw Error(Code::kInvalidArgument,
+                text("copy_to: ", block_ids.size(), " block ids for ", slots.size(), " blocks"));
   }
-  if (target.layers() != geometry.layers()) throw Error(Code::kInvalidArgument, "copy_to: the cache has another number of layers");
+  if (target.layers() != geometry.layers())
+    throw Error(Code::kInvalidArgument, "copy_to: the cache has another number of layers");
   for (std::uint32_t id : block_ids) {
-    if (id >= target.block_count()) throw Error(Code::kInvalidArgument, text("copy_to: block id ", id, " of ", target.block_count(), " blocks"));
+    if (id >= target.block_count())
+      throw Error(Code::kInvalidArgument, text("copy_to: block id ", id, " of ", target.block_count(), " blocks"));
   }
   for (std::size_t i = 0; i < slots.size(); ++i) {
     for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
@@ -189,7 +193,8 @@ Load Node::load(LoadRequest request) {
 Incoming Node::incoming(std::uint64_t load_id, double deadline_s) {
   auto task = run(*state_, [&] {
     auto incoming = state_->incoming(load_id, Clock::now() + seconds(deadline_s));
-    if (!incoming->claim()) throw Error(Code::kInvalidArgument, text("incoming: load ", load_id, " has been claimed already"));
+    if (!incoming->claim())
+      throw Error(Code::kInvalidArgument, text("incoming: load ", load_id, " has been claimed already"));
     return incoming;
   });
   return Incoming(guard(std::move(task), [](IncomingTask& incoming) { incoming.close(); }));
@@ -198,8 +203,10 @@ Incoming Node::incoming(std::uint64_t load_id, double deadline_s) {
 Grant Node::grant(const std::string& peer, std::shared_ptr<const PagedKv> into, std::vector<std::uint32_t> block_ids,
                   double deadline_s) {
   if (!into) throw Error(Code::kInvalidArgument, "grant: no KV cache given (into)");
-  auto task = run(*state_, [&] { return GrantTask::begin(*state_, peer, std::move(into), std::move(block_ids), deadline_s); });
-  return Grant(guard(std::move(task), [](GrantTask& grant) { grant.end({Code::kCancelled, 0, "the grant was dropped"}); }));
+  auto task =
+      run(*state_, [&] { return GrantTask::begin(*state_, peer, std::move(into), std::move(block_ids), deadline_s); });
+  return Grant(
+      guard(std::move(task), [](GrantTask& grant) { grant.end({Code::kCancelled, 0, "the grant was dropped"}); }));
 }
 
 }  // namespace dualkv

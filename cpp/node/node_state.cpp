@@ -59,14 +59,18 @@ std::uint64_t microseconds_until(Clock::time_point when) {
 }
 
 NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
-    : geometry_((check_options(options), geometry)), options_(std::move(options)),
+    : geometry_((check_options(options), geometry)),
+      options_(std::move(options)),
       transport_options_(transport_options(options_)),
-      progress_(std::make_shared<Progress>("dualkv-" + options_.name)), fallbacks_(options_.store.fail_on_fallback),
+      progress_(std::make_shared<Progress>("dualkv-" + options_.name)),
+      fallbacks_(options_.store.fail_on_fallback),
       pool_(geometry_, options_.staging),
       store_(std::make_unique<Store>(std::make_shared<StoreState>(geometry_, options_.store, pool_, progress_))),
-      grants_(geometry_), sends_(geometry_, options_.write_frame_bytes) {
+      grants_(geometry_),
+      sends_(geometry_, options_.write_frame_bytes) {
   const StagingStats staging = pool_.stats();
-  if (options_.staging.lock_memory && !staging.locked) fallbacks_.count("staging_not_locked", "raise the memlock limit");
+  if (options_.staging.lock_memory && !staging.locked)
+    fallbacks_.count("staging_not_locked", "raise the memlock limit");
   if (options_.staging.huge_pages && staging.pages != "huge") {
     fallbacks_.count("no_huge_pages", "reserve some with sysctl vm.nr_hugepages");
   }
@@ -79,7 +83,8 @@ void NodeState::start() {
   for (const std::string& text : options_.listen) {
     addresses.push_back(resolve(text, /*for_listening=*/true));
     if (!addresses.back().this_host && options_.secret.empty()) {
-      throw Error(Code::kInvalidArgument, dualkv::text("node: '", text, "' can be reached from other hosts, and no "
+      throw Error(Code::kInvalidArgument, dualkv::text("node: '", text,
+                                                       "' can be reached from other hosts, and no "
                                                        "secret is set; give secret or secret_file"));
     }
   }
@@ -138,8 +143,9 @@ std::string NodeState::connect(const std::string& text, double timeout_s) {
   const auto dial_to = std::make_shared<Dial>();
   dial_to->address = resolve(text, /*for_listening=*/false);
   if (!dial_to->address.this_host && options_.secret.empty()) {
-    throw Error(Code::kInvalidArgument,
-                dualkv::text("node: '", text, "' is on another host, and no secret is set; give secret or secret_file"));
+    throw Error(
+        Code::kInvalidArgument,
+        dualkv::text("node: '", text, "' is on another host, and no secret is set; give secret or secret_file"));
   }
   struct Answer {
     Milestones milestones{1};
@@ -157,7 +163,9 @@ std::string NodeState::connect(const std::string& text, double timeout_s) {
   });
   if (!posted) throw Error(kClosing);
   const Status status = answer->milestones.wait(0, Clock::now() + seconds(timeout_s));
-  if (status.code == Code::kTimeout) throw Error(Code::kTimeout, dualkv::text("node: no connection to '", text, "' after ", timeout_s, " s: ", status.message));
+  if (status.code == Code::kTimeout)
+    throw Error(Code::kTimeout,
+                dualkv::text("node: no connection to '", text, "' after ", timeout_s, " s: ", status.message));
   if (!status.ok()) throw Error(status);
   return answer->peer;
 }
@@ -227,7 +235,8 @@ void NodeState::on_open(const std::shared_ptr<Link>& link) {
       peer.view.tokens_per_block = geometry_.tokens_per_block();
     }
   }
-  if (full) return link->close({Code::kNoSpace, 0, text("more than ", options_.max_peers, " peers; raise `max_peers`")});
+  if (full)
+    return link->close({Code::kNoSpace, 0, text("more than ", options_.max_peers, " peers; raise `max_peers`")});
   send(*link, ViewMessage{view()});
 }
 
@@ -253,7 +262,9 @@ void NodeState::on_closed(Link& link, const Status& why) {
   }
 }
 
-void NodeState::on_write_done(Link& link, std::uint64_t id, Outcome outcome) { sends_.on_write_done(link, id, outcome); }
+void NodeState::on_write_done(Link& link, std::uint64_t id, Outcome outcome) {
+  sends_.on_write_done(link, id, outcome);
+}
 
 void NodeState::on_refused() {
   const std::lock_guard lock(mutex_);
@@ -434,7 +445,10 @@ void NodeState::handle(Link& link, const OpenLoad& message) {
                      message.credit_layers <= geometry_.layers() && message.time_left_us <= 86'400'000'000;
   if (taken || !valid || serves_.size() >= options_.max_loads) {
     const Code code = taken || !valid ? Code::kInvalidArgument : Code::kNoSpace;
-    return send(link, CloseLoad{message.load, code, taken ? "this load is known already" : valid ? "too many loads are served here; raise `max_loads`" : "malformed load"});
+    return send(link, CloseLoad{message.load, code,
+                                taken   ? "this load is known already"
+                                : valid ? "too many loads are served here; raise `max_loads`"
+                                        : "malformed load"});
   }
   const auto shared = [&]() -> std::shared_ptr<Link> {
     const std::lock_guard lock(mutex_);

@@ -19,8 +19,9 @@ void IncomingTask::set_deadline(Clock::time_point when) {
     self->timer_ = 0;
     if (self->complete_ && self->claimed_) return;
     self->fail({Code::kTimeout, 0,
-                self->complete_ ? "hand-over: nobody claimed it by its deadline"
-                                : text("hand-over of load ", self->load_, ": the prompt was not complete by the deadline")});
+                self->complete_
+                    ? "hand-over: nobody claimed it by its deadline"
+                    : text("hand-over of load ", self->load_, ": the prompt was not complete by the deadline")});
   });
 }
 
@@ -62,12 +63,12 @@ void IncomingTask::close() { fail({Code::kCancelled, 0, "the hand-over was close
 std::shared_ptr<ServeTask> ServeTask::begin(NodeState& node, std::shared_ptr<Link> link, const OpenLoad& open) {
   std::shared_ptr<ServeTask> task(new ServeTask(node, std::move(link), open));
   const std::weak_ptr<ServeTask> weak = task;
-  task->reads_ = std::make_unique<BlockReads>(
-      node.storage(), open.decode ? task->layers_ : open.layers_per_read,
-      open.decode ? task->layers_ : open.credit_layers,
-      [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
-        if (const auto self = weak.lock()) self->on_read(block, layers, std::move(result));
-      });
+  task->reads_ = std::make_unique<BlockReads>(node.storage(), open.decode ? task->layers_ : open.layers_per_read,
+                                              open.decode ? task->layers_ : open.credit_layers,
+                                              [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
+                                                if (const auto self = weak.lock())
+                                                  self->on_read(block, layers, std::move(result));
+                                              });
   task->sender_ = std::make_unique<LayerSender>(
       node.sends(), task->link_, open.grant, Lane::kLow,
       [](std::uint32_t, const std::vector<std::uint32_t>&, Outcome) {});  // refusals come as messages
@@ -87,7 +88,10 @@ std::shared_ptr<ServeTask> ServeTask::begin(NodeState& node, std::shared_ptr<Lin
 }
 
 ServeTask::ServeTask(NodeState& node, std::shared_ptr<Link> link, const OpenLoad& open)
-    : node_(node), link_(std::move(link)), open_(open), layers_(node.geometry().layers()),
+    : node_(node),
+      link_(std::move(link)),
+      open_(open),
+      layers_(node.geometry().layers()),
       credit_(open.credit_layers) {}
 
 ServeTask::~ServeTask() = default;
@@ -222,7 +226,8 @@ void ServeTask::on_peer_closed(const CloseLoad& message) {
 void ServeTask::cancel() { end({Code::kCancelled, 0, "the decode engine gave the load up"}, /*tell=*/true); }
 
 void ServeTask::on_link_closed(Link& link, const Status& why) {
-  if (&link == link_.get()) end({Code::kPeerLost, why.os_errno, text("prefill node '", link.peer(), "': ", why.message)}, false);
+  if (&link == link_.get())
+    end({Code::kPeerLost, why.os_errno, text("prefill node '", link.peer(), "': ", why.message)}, false);
 }
 
 void ServeTask::end(const Status& why, bool tell) {

@@ -100,12 +100,12 @@ class ServeTask : public NodeTask, public GrantSink, public std::enable_shared_f
   std::shared_ptr<IncomingTask> incoming_;
   std::uint64_t grant_ = 0;
   std::uint64_t ticket_ = 0;
-  std::vector<Slot> slots_;                 // of the prompt
-  std::vector<BlockToRead> waiting_;        // for the prompt's staging
-  std::vector<bool> reading_;               // own read of the block not finished
-  std::vector<bool> read_;                  // own read finished: all layers are here
-  std::vector<bool> arrived_;               // [layer][block]
-  std::uint64_t left_ = 0;                  // Layer Blocks not here
+  std::vector<Slot> slots_;           // of the prompt
+  std::vector<BlockToRead> waiting_;  // for the prompt's staging
+  std::vector<bool> reading_;         // own read of the block not finished
+  std::vector<bool> read_;            // own read finished: all layers are here
+  std::vector<bool> arrived_;         // [layer][block]
+  std::uint64_t left_ = 0;            // Layer Blocks not here
 };
 
 }  // namespace dualkv

@@ -9,7 +9,8 @@ namespace dualkv {
 namespace {
 
 void check_ids(const PagedKv& cache, const std::vector<std::uint32_t>& ids, std::uint32_t layers, const char* call) {
-  if (cache.layers() != layers) throw Error(Code::kInvalidArgument, text(call, ": the cache has another number of layers"));
+  if (cache.layers() != layers)
+    throw Error(Code::kInvalidArgument, text(call, ": the cache has another number of layers"));
   if (ids.empty()) throw Error(Code::kInvalidArgument, text(call, ": no block ids"));
   for (std::uint32_t id : ids) {
     if (id >= cache.block_count()) {
@@ -22,15 +23,18 @@ void check_ids(const PagedKv& cache, const std::vector<std::uint32_t>& ids, std:
 
 GrantTask::GrantTask(NodeState& node, std::string peer, std::shared_ptr<const PagedKv> into,
                      std::vector<std::uint32_t> block_ids)
-    : node_(node), peer_(std::move(peer)), into_(std::move(into)), block_ids_(std::move(block_ids)),
+    : node_(node),
+      peer_(std::move(peer)),
+      into_(std::move(into)),
+      block_ids_(std::move(block_ids)),
       milestones_(std::make_shared<Milestones>(node.geometry().layers())),
       arrived_(node.geometry().layers() * block_ids_.size()),
       layer_left_(node.geometry().layers(), static_cast<std::uint32_t>(block_ids_.size())),
       layers_left_(node.geometry().layers()) {}
 
 std::shared_ptr<GrantTask> GrantTask::begin(NodeState& node, const std::string& peer,
-                                            std::shared_ptr<const PagedKv> into,
-                                            std::vector<std::uint32_t> block_ids, double deadline_s) {
+                                            std::shared_ptr<const PagedKv> into, std::vector<std::uint32_t> block_ids,
+                                            double deadline_s) {
   check_ids(*into, block_ids, node.geometry().layers(), "grant");
   if (!node.find_link(peer)) throw Error(Code::kPeerLost, text("grant: node '", peer, "' is not connected"));
   std::shared_ptr<GrantTask> task(new GrantTask(node, peer, std::move(into), std::move(block_ids)));
@@ -56,7 +60,9 @@ std::size_t GrantTask::target(std::uint32_t layer, std::uint32_t block, std::spa
 
 void GrantTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t, bool right) {
   const auto keep = shared_from_this();
-  if (!right) return end({Code::kCorrupt, 0, text("grant: layer ", layer, " of block ", block, " arrived with a wrong checksum")});
+  if (!right)
+    return end(
+        {Code::kCorrupt, 0, text("grant: layer ", layer, " of block ", block, " arrived with a wrong checksum")});
   arrived_[layer * block_ids_.size() + block] = true;
   if (--layer_left_[layer] > 0) return;
   milestones_->reach(layer);
@@ -71,8 +77,8 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
   const std::uint32_t layers = node.geometry().layers();
   check_ids(*request.source, request.block_ids, layers, "send_layers");
   if (request.layers.count == 0 || std::uint64_t{request.layers.first} + request.layers.count > layers) {
-    throw Error(Code::kInvalidArgument, text("send_layers: layers ", request.layers.first, " + ",
-                                             request.layers.count, " of ", layers));
+    throw Error(Code::kInvalidArgument,
+                text("send_layers: layers ", request.layers.first, " + ", request.layers.count, " of ", layers));
   }
   const auto link = node.find_link(peer);
   if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
@@ -82,7 +88,8 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
       node.sends(), link, request.grant, request.lane,
       [raw = task.get()](std::uint32_t, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
         raw->left_ -= blocks.size();
-        if (!outcome.ok()) return raw->end({outcome.code, 0, "send_layers: the peer refused a write; is the grant still valid?"});
+        if (!outcome.ok())
+          return raw->end({outcome.code, 0, "send_layers: the peer refused a write; is the grant still valid?"});
         if (raw->left_ == 0) raw->end({});
       });
   node.add_task(task);
@@ -103,7 +110,8 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
 }
 
 void SendTask::on_link_closed(Link& link, const Status& why) {
-  if (sender_ && &sender_->link() == &link) end({Code::kPeerLost, why.os_errno, text("node '", link.peer(), "': ", why.message)});
+  if (sender_ && &sender_->link() == &link)
+    end({Code::kPeerLost, why.os_errno, text("node '", link.peer(), "': ", why.message)});
 }
 
 void SendTask::end(const Status& why) {

@@ -39,7 +39,7 @@ class GrantTask : public NodeTask, public GrantSink, public std::enable_shared_f
   const std::vector<std::uint32_t> block_ids_;
   const std::shared_ptr<Milestones> milestones_;
   std::uint64_t id_ = 0;
-  std::vector<bool> arrived_;              // [layer][block]
+  std::vector<bool> arrived_;  // [layer][block]
   std::vector<std::uint32_t> layer_left_;
   std::uint32_t layers_left_;
   Progress::TimerId timer_ = 0;

@@ -153,9 +153,9 @@ Plan Split::plan(const PlanRequest& request) {
   plan.reason = "split:";
   std::uint32_t first = 0;
   for (std::size_t i = 0; i < sides.size(); ++i) {
-    plan.reason += text(" '", sides[i].view->name, "' ", blocks[i], " blocks behind ",
-                        mib(sides[i].view->read_queue_bytes), " at ", sides[i].view->read_bandwidth / 1'000'000,
-                        " MB/s;");
+    plan.reason +=
+        text(" '", sides[i].view->name, "' ", blocks[i], " blocks behind ", mib(sides[i].view->read_queue_bytes),
+             " at ", sides[i].view->read_bandwidth / 1'000'000, " MB/s;");
     if (blocks[i] == 0) continue;
     plan.ranges.push_back({sides[i].view->name, sides[i].path, first, blocks[i]});
     first += blocks[i];

@@ -21,8 +21,8 @@ namespace dualkv {
 
 namespace {
 
-constexpr std::size_t kMostRemembered = 1 << 20;  // keys per in-memory map; beyond it the map starts afresh
-constexpr std::int64_t kStaleTempSeconds = 3600;  // a save never takes this long: its writer is dead
+constexpr std::size_t kMostRemembered = 1 << 20;             // keys per in-memory map; beyond it the map starts afresh
+constexpr std::int64_t kStaleTempSeconds = 3600;             // a save never takes this long: its writer is dead
 constexpr std::int64_t kKeepCorruptSeconds = 7 * 24 * 3600;  // evidence is kept a week after the block's last use
 
 std::string hex64(std::uint64_t value) {
@@ -54,7 +54,9 @@ bool parse_key(const std::string& hex, Key* key) {
   if (hex.empty() || hex.size() % 2 != 0 || hex.size() / 2 > Key::kMaxBytes) return false;
   std::vector<std::byte> bytes;
   for (std::size_t i = 0; i < hex.size(); i += 2) {
-    const auto digit = [&](char c) { return std::isdigit(c) ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; };
+    const auto digit = [&](char c) {
+      return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+    };
     const int high = digit(hex[i]), low = digit(hex[i + 1]);
     if (high < 0 || low < 0) return false;
     bytes.push_back(static_cast<std::byte>(high << 4 | low));
@@ -124,8 +126,8 @@ void BlockDirectory::check_geometry_file() const {
   unlinkat(directory_.get(), temp.c_str(), 0);
   if (torn || theirs.substr(0, 16) == mine.substr(0, 16)) return;
   throw Error(Code::kInvalidArgument, text("store: '", path_, "' holds blocks of another geometry: ",
-                                           theirs.substr(std::min<std::size_t>(17, theirs.size())), "this node: ",
-                                           geometry_.describe(), "; use another namespace or root"));
+                                           theirs.substr(std::min<std::size_t>(17, theirs.size())),
+                                           "this node: ", geometry_.describe(), "; use another namespace or root"));
 }
 
 bool BlockDirectory::contains(const Key& key) const {
@@ -160,11 +162,13 @@ std::size_t BlockDirectory::match(std::span<const Key> keys) {
 }
 
 bool BlockDirectory::remove(const Key& key) {
+  forget_until(key, Clock::time_point::max());  // a hole: what continues it can't be reached, whatever a search finds
   return unlinkat(directory_.get(), block_path(key).c_str(), 0) == 0;
 }
 
 bool BlockDirectory::quarantine(const Key& key) {
   const std::string path = block_path(key);
+  forget_until(key, Clock::time_point::max());
   const std::string aside = path.substr(0, path.size() - 3) + ".corrupt";
   return renameat(directory_.get(), path.c_str(), directory_.get(), aside.c_str()) == 0;
 }
@@ -185,10 +189,15 @@ void BlockDirectory::touch(std::span<const Key> keys) {
 }
 
 void BlockDirectory::forget(const Key& key) {
+  forget_until(key,
+               Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(forget_s_)));
+}
+
+void BlockDirectory::forget_until(const Key& key, Clock::time_point when) {
   const std::lock_guard lock(mutex_);
   bound(forgotten_);
-  forgotten_[key] =
-      Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(forget_s_));
+  Clock::time_point& until = forgotten_[key];
+  until = std::max(until, when);
 }
 
 void BlockDirectory::learn(const Key& key) {
@@ -285,11 +294,25 @@ std::uint64_t BlockDirectory::evict(std::vector<File> files, std::uint64_t quota
     index.emplace(files[i].key, i);
     total += files[i].bytes;
   }
+  // Blocks whose chain is broken can't be reached: they go first, whenever they were used.
+  std::vector<bool> orphan(files.size(), false);
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    std::size_t at = i;
+    for (std::size_t steps = 0; steps <= files.size() && !files[at].parent.empty(); ++steps) {
+      const auto parent = index.find(files[at].parent);
+      if (parent == index.end() || orphan[parent->second]) {
+        orphan[i] = true;
+        break;
+      }
+      at = parent->second;
+    }
+  }
   std::vector<std::uint32_t> children(files.size(), 0);
   for (const File& file : files) {
     if (const auto parent = index.find(file.parent); parent != index.end()) ++children[parent->second];
   }
   const auto later = [&](std::size_t a, std::size_t b) {
+    if (orphan[a] != orphan[b]) return !orphan[a];
     const timespec &x = files[a].last_use, &y = files[b].last_use;
     return std::tie(x.tv_sec, x.tv_nsec) > std::tie(y.tv_sec, y.tv_nsec);
   };

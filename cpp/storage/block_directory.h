@@ -61,6 +61,7 @@ class BlockDirectory {
   std::uint64_t evict(std::vector<File> files, std::uint64_t quota_bytes);
   bool in_use(const File& file) const;
   bool forgotten(const Key& key);
+  void forget_until(const Key& key, Clock::time_point when);
 
   const KvGeometry geometry_;
   const double grace_s_;

@@ -49,6 +49,8 @@ bool BlockWriter::submit(SaveJob job) {
     const std::lock_guard lock(mutex_);
     if (jobs_.size() >= options_.save_queue) return false;
     job.call->accepted();
+    // The parent of a block that waits to be saved must not be evicted meanwhile.
+    if (!job.info.parent.empty()) directory_.pin(job.info.parent);
     jobs_.push_back(std::move(job));
   }
   wanted_.notify_one();
@@ -92,8 +94,12 @@ void BlockWriter::work() {
 }
 
 void BlockWriter::save(SaveJob job) {
-  Status failure = publish(job.info, job.slot.get());
+  // After a failure the rest of the call is not saved: it could not be reached.
+  const bool abandoned = job.call->operation.done();
+  Status failure = abandoned ? Status{} : publish(job.info, job.slot.get());
   job.slot.reset();
+  if (!job.info.parent.empty()) directory_.unpin(job.info.parent);
+  if (abandoned) return;
   {
     const std::lock_guard lock(mutex_);
     counters_.errors += !failure.ok();
@@ -115,8 +121,9 @@ Status BlockWriter::publish(const TrailerInfo& info, std::byte* image) {
   const auto fail = [&](const char* what, int error) {
     unlinkat(directory_.fd(), temp, 0);
     const Code code = error == ENOSPC || error == EDQUOT ? Code::kNoSpace : Code::kIo;
-    return Status{code, error, text("save of block ", info.key.hex(), " in '", directory_.path(), "': ", what,
-                                    code == Code::kNoSpace ? "; free space or set a quota" : "")};
+    return Status{code, error,
+                  text("save of block ", info.key.hex(), " in '", directory_.path(), "': ", what,
+                       code == Code::kNoSpace ? "; free space or set a quota" : "")};
   };
   const Fd fd(openat(directory_.fd(), temp, flags, 0666));
   if (!fd.valid()) return fail("cannot create a temporary file", errno);

@@ -31,7 +31,8 @@ class LimitedReader : public BlockReader {
 
   std::optional<Clock::time_point> next_wake() const override {
     const auto inner = inner_->next_wake();
-    if (waiting_.empty()) return inner;
+    // A full inner reader wakes us through its completions.
+    if (waiting_.empty() || inner_full_) return inner;
     const auto mine = free_at_ - kBurst;
     return inner && *inner < mine ? *inner : mine;
   }
@@ -44,11 +45,14 @@ class LimitedReader : public BlockReader {
   void admit() noexcept {
     const auto now = Clock::now();
     bool any = false;
-    while (!waiting_.empty() && free_at_ - kBurst <= now && inner_->try_submit(waiting_.front())) {
+    inner_full_ = false;
+    while (!waiting_.empty() && free_at_ - kBurst <= now) {
+      inner_full_ = !inner_->try_submit(waiting_.front());
+      if (inner_full_) break;
       const FileRuns runs = file_runs(geometry_, waiting_.front().layers);
       const double bytes = static_cast<double>(runs.runs[0].bytes + runs.runs[1].bytes * (runs.count > 1));
-      const auto cost = std::chrono::duration_cast<Clock::duration>(
-          std::chrono::duration<double>(bytes * seconds_per_byte_));
+      const auto cost =
+          std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(bytes * seconds_per_byte_));
       free_at_ = std::max(free_at_, now) + cost;
       waiting_.pop_front();
       any = true;
@@ -60,6 +64,7 @@ class LimitedReader : public BlockReader {
   const KvGeometry geometry_;
   const double seconds_per_byte_;
   std::deque<ReadRequest> waiting_;
+  bool inner_full_ = false;
   Clock::time_point free_at_{};  // when everything admitted so far has been paid for
 };
 

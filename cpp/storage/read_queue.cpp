@@ -30,7 +30,10 @@ std::string explain(const ReadCompletion& completion) {
 
 ReadQueue::ReadQueue(Progress& progress, const KvGeometry& geometry, BlockDirectory& directory, StagingPool pool,
                      std::unique_ptr<BlockReader> reader)
-    : progress_(progress), geometry_(geometry), directory_(directory), pool_(std::move(pool)),
+    : progress_(progress),
+      geometry_(geometry),
+      directory_(directory),
+      pool_(std::move(pool)),
       reader_(std::move(reader)) {
   progress_.watch(reader_->event_fd(), EPOLLIN, [this](std::uint32_t) { poll(); });
 }
@@ -41,8 +44,13 @@ void ReadQueue::close() {
   if (!reader_) return;
   progress_.unwatch(reader_->event_fd());
   progress_.cancel(wake_);
+  std::vector<std::function<void(ReadResult)>> told;
+  for (ReadJob& job : waiting_) told.push_back(std::move(job.done));
+  for (auto& [id, job] : running_) {
+    directory_.unpin(job.key);
+    told.push_back(std::move(job.done));
+  }
   waiting_.clear();
-  for (auto& [id, job] : running_) directory_.unpin(job.key);
   if (!reader_->drain(Clock::now() + kDrainTime)) {
     // Storage does not answer, and the kernel may write to these slots whenever it does: they are never freed.
     new auto(std::move(running_));
@@ -50,6 +58,9 @@ void ReadQueue::close() {
   }
   running_.clear();
   reader_.reset();
+  for (const auto& done : told) {
+    if (done) done({{Code::kCancelled, 0}, "the store is closed", nullptr});
+  }
 }
 
 void ReadQueue::submit(ReadJob job) {

@@ -27,7 +27,7 @@ struct ReadJob {
   std::uint64_t owner = 0;  // for cancel()
   Key key;
   LayerRange layers;
-  Slot slot;  // null: one is taken from the pool when the job's turn comes
+  Slot slot;                             // null: one is taken from the pool when the job's turn comes
   std::function<void(ReadResult)> done;  // on the progress thread
 };
 

@@ -40,6 +40,12 @@ void check_options(const StoreOptions& options) {
   require(faults.delay_s >= 0, "store: delay_s can't be negative");
 }
 
+void check_pool(const KvGeometry& geometry, const StagingPool& pool) {
+  require(pool.slot_bytes() == geometry.file_bytes(),
+          text("store: the staging pool's slots have ", pool.slot_bytes(), " bytes, blocks have ",
+               geometry.file_bytes(), "; make both from one geometry"));
+}
+
 // Writes and reads back one page with O_DIRECT: what the file system really does, not what open() says.
 bool probe_direct(int directory_fd, std::uint32_t* alignment) {
   const std::string name = text("tmp/probe-", getpid(), "-", random_u64());
@@ -71,11 +77,12 @@ std::uint64_t next_owner() {
 
 StoreState::StoreState(const KvGeometry& geometry, const StoreOptions& options, const StagingPool& pool,
                        std::shared_ptr<Progress> progress)
-    : geometry_((check_options(options), geometry)), options_(options), pool_(pool), progress_(std::move(progress)),
-      fallbacks_(options.fail_on_fallback), directory_(geometry, options) {
-  require(pool.slot_bytes() == geometry.file_bytes(),
-          text("store: the staging pool's slots have ", pool.slot_bytes(), " bytes, blocks have ",
-               geometry.file_bytes(), "; make both from one geometry"));
+    : geometry_((check_options(options), check_pool(geometry, pool), geometry)),
+      options_(options),
+      pool_(pool),
+      progress_(std::move(progress)),
+      fallbacks_(options.fail_on_fallback),
+      directory_(geometry, options) {
   access_ = {directory_.fd(), false, 1};
   if (options.direct != "off") {
     access_.direct = probe_direct(directory_.fd(), &access_.alignment);
@@ -85,9 +92,8 @@ StoreState::StoreState(const KvGeometry& geometry, const StoreOptions& options, 
     if (!access_.direct) fallbacks_.count("no_direct", text("'", options.root, "' refuses O_DIRECT"));
   }
   auto reader = make_reader();
-  progress_->run([&] {
-    reads_ = std::make_shared<ReadQueue>(*progress_, geometry_, directory_, pool_, std::move(reader));
-  });
+  progress_->run(
+      [&] { reads_ = std::make_shared<ReadQueue>(*progress_, geometry_, directory_, pool_, std::move(reader)); });
   writer_ = std::make_unique<BlockWriter>(geometry_, options_, access_, directory_);
 }
 
@@ -160,8 +166,19 @@ StoreStats StoreState::stats() const {
   return stats;
 }
 
+// A store of its own has a progress thread of its own, which ends with it (and not on itself).
+static std::shared_ptr<StoreState> open_alone(const KvGeometry& geometry, const StoreOptions& options,
+                                              const StagingPool& pool) {
+  const auto progress = std::make_shared<Progress>("dualkv-store");
+  auto* state = new StoreState(geometry, options, pool, progress);
+  return std::shared_ptr<StoreState>(state, [progress](StoreState* ended) {
+    delete ended;
+    progress->stop();
+  });
+}
+
 Store::Store(const KvGeometry& geometry, const StoreOptions& options, const StagingPool& pool)
-    : Store(std::make_shared<StoreState>(geometry, options, pool, std::make_shared<Progress>("dualkv-store"))) {}
+    : Store(open_alone(geometry, options, pool)) {}
 
 Store::Store(std::shared_ptr<StoreState> state) : state_(std::move(state)) { state_->listen(); }
 
@@ -206,7 +223,7 @@ void finish_one(StoreState& store, const std::shared_ptr<ReadCall>& call, const 
   store.progress().cancel(call->deadline);
   if (result.outcome.ok()) return call->operation.milestones()->reach(0);
   store.reads().cancel(call->owner);
-  if (result.outcome.code == Code::kCorrupt) store.directory().forget(key);
+  if (result.outcome.code != Code::kCancelled) store.directory().forget(key);
   call->operation.milestones()->fail(
       {result.outcome.code, result.outcome.os_errno, text("block ", key.hex(), ": ", result.reason)});
 }
@@ -231,10 +248,13 @@ Operation Store::read(std::span<const Key> keys, std::span<const Slot> slots, La
     jobs.push_back({call->owner, keys[i], layers, slots[i],
                     [store, call, key = keys[i]](ReadResult result) { finish_one(*store, call, key, result); }});
   }
-  const bool posted = state_->progress().post([store = state_, call, deadline, jobs = std::move(jobs)]() mutable {
-    call->deadline = store->progress().at(deadline, [state = store.get(), call] {
+  // Raw: the last handle's end waits in line behind this task, and must not happen on the progress thread.
+  StoreState* raw = state_.get();
+  const bool posted = state_->progress().post([store = raw, call, deadline, jobs = std::move(jobs)]() mutable {
+    call->deadline = store->progress().at(deadline, [state = store, call] {
       state->reads().cancel(call->owner);
-      call->operation.milestones()->fail({Code::kTimeout, 0, text("read: ", call->left, " blocks not read by the deadline")});
+      call->operation.milestones()->fail(
+          {Code::kTimeout, 0, text("read: ", call->left, " blocks not read by the deadline")});
     });
     for (ReadJob& job : jobs) store->reads().submit(std::move(job));
     store->reads().pump();
@@ -331,7 +351,8 @@ VerifyReport Store::verify() {
     if (!fd.valid()) continue;  // removed meanwhile
     const ssize_t got = pread(fd.get(), image.data(), image.size(), 0);
     std::string reason = got < 0 ? std::strerror(errno) : "file is shorter than its geometry";
-    if (got == static_cast<ssize_t>(image.size())) reason = check_image(geometry(), key, image, {0, geometry().layers()});
+    if (got == static_cast<ssize_t>(image.size()))
+      reason = check_image(geometry(), key, image, {0, geometry().layers()});
     if (!reason.empty()) report.bad.push_back(text(key.hex(), ": ", reason));
   }
   return report;

@@ -36,7 +36,10 @@ class UringReader : public BlockReader {
  public:
   UringReader(const KvGeometry& geometry, const FileAccess& access, std::span<std::byte> memory, std::uint32_t depth,
               bool* registered)
-      : geometry_(geometry), access_(access), memory_(memory), entries_(depth),
+      : geometry_(geometry),
+        access_(access),
+        memory_(memory),
+        entries_(depth),
         event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
     io_uring_params params{};
     params.flags = IORING_SETUP_CQSIZE;
@@ -98,9 +101,9 @@ class UringReader : public BlockReader {
   struct Entry {
     ReadRequest request;
     FileRuns runs;
-    int run = 0;                   // being read
-    std::uint64_t run_done = 0;    // bytes of it that arrived
-    std::uint64_t bytes = 0;       // of all runs
+    int run = 0;                 // being read
+    std::uint64_t run_done = 0;  // bytes of it that arrived
+    std::uint64_t bytes = 0;     // of all runs
     int fd = -1;
   };
 

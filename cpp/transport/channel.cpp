@@ -52,7 +52,8 @@ void Channel::rearm() {
 void Channel::on_events(std::uint32_t events) {
   if (events & (EPOLLOUT | EPOLLERR)) write_some();
   if (fd_.valid() && reading_ && (events & (EPOLLIN | EPOLLHUP | EPOLLERR))) read_some();
-  if (fd_.valid() && !reading_ && (events & EPOLLHUP)) return close({Code::kPeerLost, 0, "the peer closed the connection"});
+  if (fd_.valid() && !reading_ && (events & EPOLLHUP))
+    return close({Code::kPeerLost, 0, "the peer closed the connection"});
   rearm();
 }
 

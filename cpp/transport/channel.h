@@ -91,7 +91,7 @@ class Channel : public std::enable_shared_from_this<Channel> {
   std::array<std::byte, FrameHeader::kBytes> header_bytes_{};
   FrameHeader header_;
   std::vector<std::byte> body_;
-  std::size_t filled_ = 0;      // of the header, then of the body
+  std::size_t filled_ = 0;  // of the header, then of the body
   bool in_body_ = false;
   std::unique_ptr<InboundWrite> inbound_;
 };

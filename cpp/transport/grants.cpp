@@ -32,8 +32,11 @@ GrantSink* GrantTable::find(std::uint64_t grant, const std::string& peer) const 
 }
 
 InboundWrite::InboundWrite(GrantTable& grants, std::string peer, WriteHeader header)
-    : grants_(grants), peer_(std::move(peer)), header_(std::move(header)),
-      layer_bytes_(grants.geometry().layer_bytes(header_.layer)), left_(layer_bytes_ * header_.entries.size()) {}
+    : grants_(grants),
+      peer_(std::move(peer)),
+      header_(std::move(header)),
+      layer_bytes_(grants.geometry().layer_bytes(header_.layer)),
+      left_(layer_bytes_ * header_.entries.size()) {}
 
 std::size_t InboundWrite::next(std::span<iovec> out) {
   GrantSink* sink = grants_.find(header_.grant, peer_);

@@ -20,9 +20,9 @@ enum class ChannelRole : std::uint8_t { kLow = 0, kHigh = 1, kControl = 2 };
 // Who opens this connection and what it is for. Both sides send one; the acceptor repeats the connector's role.
 struct Hello {
   std::string name;
-  std::uint64_t fingerprint = 0;   // of the geometry
-  std::string geometry;            // for the other side's error message
-  std::uint64_t session = 0;       // joins the channels of one link
+  std::uint64_t fingerprint = 0;  // of the geometry
+  std::string geometry;           // for the other side's error message
+  std::uint64_t session = 0;      // joins the channels of one link
   ChannelRole role = ChannelRole::kControl;
   std::uint8_t index = 0;
   std::uint8_t channels_per_lane = 1;

@@ -307,9 +307,9 @@ class LoopbackTransport : public Transport {
 
 }  // namespace
 
-std::unique_ptr<Transport> make_loopback_transport(std::shared_ptr<LoopbackHub> hub,
-                                                   std::shared_ptr<Progress> progress, GrantTable& grants,
-                                                   LinkEvents& events, const TransportOptions& options) {
+std::unique_ptr<Transport> make_loopback_transport(std::shared_ptr<LoopbackHub> hub, std::shared_ptr<Progress> progress,
+                                                   GrantTable& grants, LinkEvents& events,
+                                                   const TransportOptions& options) {
   return std::make_unique<LoopbackTransport>(std::move(hub), std::move(progress), grants, events, options);
 }
 

@@ -43,8 +43,13 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
  public:
   SocketLink(Progress& progress, GrantTable& grants, LinkEvents& events, Scheme scheme, const TransportOptions& options,
              std::string peer)
-      : progress_(progress), grants_(grants), events_(events), scheme_(scheme), options_(options),
-        peer_(std::move(peer)), last_received_(Clock::now()) {}
+      : progress_(progress),
+        grants_(grants),
+        events_(events),
+        scheme_(scheme),
+        options_(options),
+        peer_(std::move(peer)),
+        last_received_(Clock::now()) {}
 
   // Adds a proven channel; true once the link is complete.
   bool attach(const std::shared_ptr<Channel>& channel, ChannelRole role, pid_t pid) {
@@ -282,7 +287,11 @@ class SocketTransport : public Transport {
  public:
   SocketTransport(Scheme scheme, Progress& progress, GrantTable& grants, LinkEvents& events,
                   const TransportOptions& options)
-      : scheme_(scheme), progress_(progress), grants_(grants), events_(events), options_(options),
+      : scheme_(scheme),
+        progress_(progress),
+        grants_(grants),
+        events_(events),
+        options_(options),
         probe_(random_u64()) {
     if (scheme == Scheme::kShm) options_.channels_per_lane = 1;  // the channel carries references only
   }
@@ -573,8 +582,7 @@ bool SocketTransport::on_challenge(const std::shared_ptr<Handshake>& shake, std:
     shake->channel->close({Code::kRefused, 0, text("'", address, "': ", why)});
     return true;
   }
-  shake->channel->send(FrameType::kProof,
-                       make_proof(options_.secret, kConnectorLabel, shake->mine, shake->theirs));
+  shake->channel->send(FrameType::kProof, make_proof(options_.secret, kConnectorLabel, shake->mine, shake->theirs));
   return true;
 }
 
@@ -602,7 +610,8 @@ bool SocketTransport::on_proof(const std::shared_ptr<Handshake>& shake, std::spa
 void SocketTransport::refuse(const std::shared_ptr<Handshake>& shake, const std::string& why) {
   events_.on_refused();
   progress_.cancel(std::exchange(shake->timer, 0));
-  shake->channel->send(FrameType::kRefuse, std::as_bytes(std::span(why).first(std::min<std::size_t>(why.size(), 1000))));
+  shake->channel->send(FrameType::kRefuse,
+                       std::as_bytes(std::span(why).first(std::min<std::size_t>(why.size(), 1000))));
   shake->channel->close_after_sending();
 }
 
@@ -650,7 +659,8 @@ void SocketTransport::end(const std::shared_ptr<Handshake>& shake, const Status&
   if (!shake->dial) return;
   Status status = why;
   if (status.code == Code::kPeerLost) {
-    status.message = text("cannot connect to '", shake->dial->address.text, "': ", why.message, "; is the node running?");
+    status.message =
+        text("cannot connect to '", shake->dial->address.text, "': ", why.message, "; is the node running?");
   }
   shake->dial->end(std::move(status), "");
 }

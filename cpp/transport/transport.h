@@ -100,8 +100,8 @@ class Transport {
 // References must outlive the transport.
 std::unique_ptr<Transport> make_socket_transport(Scheme scheme, Progress& progress, GrantTable& grants,
                                                  LinkEvents& events, const TransportOptions& options);
-std::unique_ptr<Transport> make_loopback_transport(std::shared_ptr<LoopbackHub> hub,
-                                                   std::shared_ptr<Progress> progress, GrantTable& grants,
-                                                   LinkEvents& events, const TransportOptions& options);
+std::unique_ptr<Transport> make_loopback_transport(std::shared_ptr<LoopbackHub> hub, std::shared_ptr<Progress> progress,
+                                                   GrantTable& grants, LinkEvents& events,
+                                                   const TransportOptions& options);
 
 }  // namespace dualkv

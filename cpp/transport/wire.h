@@ -20,9 +20,9 @@ enum class FrameType : std::uint16_t {
   kProof = 3,
   kWelcome = 4,
   kRefuse = 5,
-  kMessage = 6,    // a control message of the node layer
-  kWrite = 7,      // Layer Blocks, bytes inline after the body
-  kWriteRef = 8,   // Layer Blocks, to be pulled from the sender's memory
+  kMessage = 6,   // a control message of the node layer
+  kWrite = 7,     // Layer Blocks, bytes inline after the body
+  kWriteRef = 8,  // Layer Blocks, to be pulled from the sender's memory
   kWriteDone = 9,
 };
 
@@ -47,13 +47,13 @@ bool body_is_right(const FrameHeader& header, std::span<const std::byte> body);
 
 // One Layer Block of a write.
 struct WriteEntry {
-  std::uint32_t block = 0;      // index in the grant
-  std::uint64_t checksum = 0;   // of the Layer Block
+  std::uint32_t block = 0;                           // index in the grant
+  std::uint64_t checksum = 0;                        // of the Layer Block
   std::array<Extent, PagedKv::kMaxPlanes> source{};  // kWriteRef only: addresses in the sender's memory
 };
 
 struct WriteHeader {
-  std::uint64_t id = 0;     // the sender's, echoed in kWriteDone
+  std::uint64_t id = 0;  // the sender's, echoed in kWriteDone
   std::uint64_t grant = 0;
   std::uint32_t layer = 0;
   std::uint32_t extents = 0;  // per block; 0 in kWrite

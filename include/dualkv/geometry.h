@@ -18,8 +18,7 @@ class KvGeometry {
   // layer_bytes: bytes of one layer's KV for tokens_per_block tokens, one entry a layer.
   // namespace_name: what must be equal for KV to be interchangeable: model, dtype, TP rank, salt.
   // Throws Error(kInvalidArgument) naming the value that is out of range.
-  KvGeometry(std::vector<std::uint64_t> layer_bytes, std::uint32_t tokens_per_block,
-             std::string namespace_name);
+  KvGeometry(std::vector<std::uint64_t> layer_bytes, std::uint32_t tokens_per_block, std::string namespace_name);
 
   std::uint32_t layers() const { return static_cast<std::uint32_t>(layer_bytes_.size()); }
   std::uint32_t tokens_per_block() const { return tokens_per_block_; }

@@ -40,8 +40,7 @@ struct KeyHash {
 // first parent is BLAKE2b-256 of the namespace and the block size (docs/formats.md). A cryptographic hash, since
 // whoever can collide keys can read another tenant's cache. A partly filled last block has no key.
 // `parent` continues a chain: pass the last key of the prefix, and only the tokens after it.
-std::vector<Key> block_keys(std::span<const std::uint32_t> tokens, const KvGeometry& geometry,
-                            const Key& parent = {});
+std::vector<Key> block_keys(std::span<const std::uint32_t> tokens, const KvGeometry& geometry, const Key& parent = {});
 
 // The 64-bit checksum dualkv stores for a Layer Block (XXH3).
 std::uint64_t checksum(std::span<const std::byte> bytes);

@@ -28,21 +28,21 @@ struct LaneOptions {
 };
 
 struct NodeOptions {
-  std::string name;                    // unique among peers, 1 to 128 bytes
+  std::string name;  // unique among peers, 1 to 128 bytes
   StoreOptions store;
   StagingOptions staging;
-  std::vector<std::string> listen;     // "tcp://host:port" (0 = any), "shm:///path.sock", "loopback://name"
-  std::string secret;                  // shared by all peers; required to listen on or connect to another host
-  std::uint32_t connections_per_lane = 2;           // tcp
-  LaneOptions lanes[kLaneCount] = {{8, 1}, {46, 6}};  // LOW: CS1; HIGH: EF
-  std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;   // most bytes one write frame carries
-  std::uint64_t write_window_bytes = std::uint64_t{16} << 20; // unacknowledged bytes per link and lane
-  double heartbeat_s = 0.1;            // a view is sent at least this often
-  double peer_silence_s = 2.0;         // a link that received nothing for this long is lost
-  double handshake_s = 2.0;            // a connection that has not proved itself by then is closed
-  double reconnect_max_s = 2.0;        // longest pause between attempts to reach a lost peer
-  double stall_s = 2.0;                // a node with reads waiting that finished none for this long has failed
-  std::uint32_t max_loads = 4096;      // loads in progress, and loads served for peers
+  std::vector<std::string> listen;         // "tcp://host:port" (0 = any), "shm:///path.sock", "loopback://name"
+  std::string secret;                      // shared by all peers; required to listen on or connect to another host
+  std::uint32_t connections_per_lane = 2;  // tcp
+  LaneOptions lanes[kLaneCount] = {{8, 1}, {46, 6}};           // LOW: CS1; HIGH: EF
+  std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;    // most bytes one write frame carries
+  std::uint64_t write_window_bytes = std::uint64_t{16} << 20;  // unacknowledged bytes per link and lane
+  double heartbeat_s = 0.1;                                    // a view is sent at least this often
+  double peer_silence_s = 2.0;                                 // a link that received nothing for this long is lost
+  double handshake_s = 2.0;        // a connection that has not proved itself by then is closed
+  double reconnect_max_s = 2.0;    // longest pause between attempts to reach a lost peer
+  double stall_s = 2.0;            // a node with reads waiting that finished none for this long has failed
+  std::uint32_t max_loads = 4096;  // loads in progress, and loads served for peers
   std::uint32_t max_peers = 1024;
   std::shared_ptr<LoopbackHub> loopback;
 };
@@ -195,7 +195,7 @@ struct NodeStats {
   StagingStats staging;
   std::vector<LinkStats> links;
   std::uint32_t loads_active = 0;
-  std::uint32_t loads_served = 0;     // active, on behalf of peers
+  std::uint32_t loads_served = 0;  // active, on behalf of peers
   std::uint64_t loads_done = 0;
   std::uint64_t loads_failed = 0;
   std::uint64_t failovers = 0;

@@ -17,15 +17,15 @@ namespace dualkv {
 // What a policy knows of a node. A node reports it to its peers every few milliseconds, so it may be a little old.
 struct NodeView {
   std::string name;
-  std::uint64_t block_bytes = 0;         // of one Full Block
+  std::uint64_t block_bytes = 0;  // of one Full Block
   std::uint32_t tokens_per_block = 0;
-  std::uint64_t read_queue_bytes = 0;    // accepted for reading and not yet read
-  std::uint64_t read_bandwidth = 0;      // bytes/s while busy, moving average; 0 = not measured yet
-  std::uint64_t link_bandwidth = 0;      // bytes/s towards the viewer, moving average; 0 = not measured yet
+  std::uint64_t read_queue_bytes = 0;             // accepted for reading and not yet read
+  std::uint64_t read_bandwidth = 0;               // bytes/s while busy, moving average; 0 = not measured yet
+  std::uint64_t link_bandwidth = 0;               // bytes/s towards the viewer, moving average; 0 = not measured yet
   std::uint64_t lane_bytes[kLaneCount] = {0, 0};  // in flight on the node's links
-  std::uint32_t free_slots = 0;          // staging slots nobody holds
-  std::uint32_t prompt_slots = 0;        // most blocks of one prompt its staging can hold
-  std::uint64_t reads_done = 0;          // blocks read since the node started; shows that it makes progress
+  std::uint32_t free_slots = 0;                   // staging slots nobody holds
+  std::uint32_t prompt_slots = 0;                 // most blocks of one prompt its staging can hold
+  std::uint64_t reads_done = 0;                   // blocks read since the node started; shows that it makes progress
 
   std::uint64_t read_queue_tokens() const {
     return block_bytes == 0 ? 0 : read_queue_bytes / block_bytes * tokens_per_block;
@@ -45,12 +45,12 @@ struct PathRange {
 
 // Which path reads what. `ranges` tile the hit in order. A value.
 struct Plan {
-  std::vector<Key> keys;          // of the hit, one a block
+  std::vector<Key> keys;  // of the hit, one a block
   std::vector<PathRange> ranges;
-  std::string prefill;            // the node that loads
-  std::string decode;             // the node the KV is published to; empty = nobody
+  std::string prefill;               // the node that loads
+  std::string decode;                // the node the KV is published to; empty = nobody
   std::vector<std::string> helpers;  // others that may be asked when a side fails
-  std::string reason;             // why, for people
+  std::string reason;                // why, for people
 };
 
 struct PlanRequest {

@@ -27,8 +27,8 @@ struct StagingOptions {
   std::uint64_t bytes = std::uint64_t{256} << 20;
   // Share of the slots that prompts may not take, at least one slot.
   double transit_share = 0.25;
-  bool lock_memory = true;   // mlock; a refusal is a counted fallback
-  bool huge_pages = true;    // MAP_HUGETLB, else transparent huge pages; a refusal is a counted fallback
+  bool lock_memory = true;  // mlock; a refusal is a counted fallback
+  bool huge_pages = true;   // MAP_HUGETLB, else transparent huge pages; a refusal is a counted fallback
 };
 
 struct StagingStats {

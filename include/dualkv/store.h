@@ -26,21 +26,19 @@ struct ReadFaults {
   double drop_rate = 0;     // no completion until close
   double delay_rate = 0;    // completion late by delay_s
   double delay_s = 0;
-  bool any() const {
-    return error_rate > 0 || short_rate > 0 || corrupt_rate > 0 || drop_rate > 0 || delay_rate > 0;
-  }
+  bool any() const { return error_rate > 0 || short_rate > 0 || corrupt_rate > 0 || drop_rate > 0 || delay_rate > 0; }
 };
 
 struct StoreOptions {
-  std::string root;             // directory; created if its parent exists
-  std::string backend = "auto"; // "uring", "pread" or "auto": uring where the kernel allows it
-  std::string direct = "auto";  // O_DIRECT "on", "off" or "auto": where the file system allows it
-  std::uint32_t depth = 32;     // blocks being read at once; deeper is not faster (docs/settings.md)
+  std::string root;                          // directory; created if its parent exists
+  std::string backend = "auto";              // "uring", "pread" or "auto": uring where the kernel allows it
+  std::string direct = "auto";               // O_DIRECT "on", "off" or "auto": where the file system allows it
+  std::uint32_t depth = 32;                  // blocks being read at once; deeper is not faster (docs/settings.md)
   std::uint64_t read_limit_bytes_per_s = 0;  // token bucket standing in for a storage NIC; 0 = none
   std::uint64_t quota_bytes = 0;             // of this namespace; 0 = none
-  double in_use_grace_s = 60;   // blocks used this recently, by any node, are never evicted
-  double forget_s = 60;         // how long a block whose read failed is not advertised again
-  bool durable = true;          // fdatasync before publish
+  double in_use_grace_s = 60;                // blocks used this recently, by any node, are never evicted
+  double forget_s = 60;                      // how long a block whose read failed is not advertised again
+  bool durable = true;                       // fdatasync before publish
   std::uint32_t save_queue = 256;            // saves accepted and not yet written
   bool fail_on_fallback = false;             // make every fallback an Error instead of a counter
   ReadFaults faults;
@@ -59,8 +57,8 @@ struct StoreStats {
   std::uint64_t bytes_saved = 0;
   std::uint64_t save_errors = 0;
   std::uint64_t blocks_evicted = 0;
-  std::uint64_t read_queue_bytes = 0;   // accepted and not yet read
-  std::uint64_t read_bandwidth = 0;     // bytes/s while busy, moving average; 0 = not measured yet
+  std::uint64_t read_queue_bytes = 0;  // accepted and not yet read
+  std::uint64_t read_bandwidth = 0;    // bytes/s while busy, moving average; 0 = not measured yet
   std::map<std::string, std::uint64_t> fallbacks;
 };
 
@@ -94,8 +92,7 @@ class Store {
 
   // Reads `layers` of each block into the slot beside it and verifies their checksums. Done when all are; fails
   // with the first bad block's name. A slot must be one of pool(): bytes land at geometry().layer_offset().
-  Operation read(std::span<const Key> keys, std::span<const Slot> slots, LayerRange layers,
-                 Clock::time_point deadline);
+  Operation read(std::span<const Key> keys, std::span<const Slot> slots, LayerRange layers, Clock::time_point deadline);
 
   // Saves blocks block_ids[i] of `source` under keys[i]. The source is copied before the call returns (it waits for
   // staging, up to the deadline), so the caller may reuse it at once; the Operation ends when the files are

@@ -69,7 +69,9 @@ def _plane_of(index: int, array: Any) -> tuple[int, int, int, int]:
     expected = item
     for size, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
         if size > 1 and stride != expected:
-            raise invalid(f"KV cache, layer {index}: a block of shape {shape[1:]} is not contiguous (strides {strides})")
+            raise invalid(
+                f"KV cache, layer {index}: a block of shape {shape[1:]} is not contiguous (strides {strides})"
+            )
         expected *= size
     if strides[0] < 0:
         raise invalid(f"KV cache, layer {index}: negative block stride {strides[0]}")

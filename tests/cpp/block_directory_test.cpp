@@ -117,7 +117,7 @@ TEST_F(BlockDirectoryTest, VerifyNamesBadBlocks) {
   const std::string both = report.bad[0] + report.bad[1];
   EXPECT_NE(both.find(keys_[4].hex()), std::string::npos) << both;
   EXPECT_NE(both.find(keys_[9].hex()), std::string::npos) << both;
-  EXPECT_EQ(files(), before);
+  EXPECT_TRUE(files() == before);
 }
 
 TEST_F(BlockDirectoryTest, LeftoversOfACrashAreNoHitAndAreCollectedWhenStale) {
@@ -146,7 +146,7 @@ TEST_F(BlockDirectoryTest, StrangeFilesAreLeftAlone) {
   }
   EXPECT_EQ(store.verify().blocks, kBlocks);
   EXPECT_EQ(store.collect(0), kBlocks);
-  EXPECT_EQ(files().size(), 5u);
+  EXPECT_EQ(files().size(), 4u);
 }
 
 // a0 - a1 - { b0 - b1, c0 - c1 }, b used before c, and a before both although every use of b or c is one of a.

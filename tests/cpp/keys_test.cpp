@@ -61,8 +61,8 @@ TEST(Keys, NamespaceAndBlockSizeSeparate) {
   std::set<Key> seen;
   std::size_t made = 0;
   // The last two would meet if the fields were glued together without a separator.
-  const std::vector<std::pair<std::uint32_t, std::string>> spaces = {
-      {16, "a"}, {16, "b"}, {8, "a"}, {16, "a "}, {16, "a\n"}, {1, "6\nx"}, {16, "x"}};
+  const std::vector<std::pair<std::uint32_t, std::string>> spaces = {{16, "a"},   {16, "b"},   {8, "a"}, {16, "a "},
+                                                                     {16, "a\n"}, {1, "6\nx"}, {16, "x"}};
   for (const auto& [block, name] : spaces) {
     for (const Key& key : block_keys(tokens, geometry_of(block, name))) seen.insert(key), ++made;
   }

@@ -70,7 +70,8 @@ class NodeTest : public ::testing::TestWithParam<const char*> {
     for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
       const Status status = load.wait(layer, in(10));
       ASSERT_TRUE(status.ok()) << status.message;
-      for (std::uint32_t i = 0; i < kBlocks; ++i) ASSERT_TRUE(cache.layer_is(layer, ids[i], i + 1)) << layer << " " << i;
+      for (std::uint32_t i = 0; i < kBlocks; ++i)
+        ASSERT_TRUE(cache.layer_is(layer, ids[i], i + 1)) << layer << " " << i;
       load.publish(layer);
       load.release(layer);
     }

@@ -1,10 +1,11 @@
 // Milestones and Notifier: what ends, how it ends, and who is told.
+#include "dualkv/operation.h"
+
 #include <poll.h>
 
 #include <algorithm>
 #include <atomic>
 
-#include "dualkv/operation.h"
 #include "support.h"
 
 namespace dualkv::testing {

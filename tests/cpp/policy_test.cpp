@@ -1,7 +1,8 @@
 // Path policies: tables of who reads what, and the promise of Split - all who read finish together.
+#include "dualkv/policy.h"
+
 #include <cmath>
 
-#include "dualkv/policy.h"
 #include "support.h"
 
 namespace dualkv::testing {
@@ -93,14 +94,14 @@ TEST(Policy, ShortestQueue) {
     const char* wanted;
   };
   const Row rows[] = {
-      {5, 0, 4, 0, 9, 0, "d:de_path:0+7"},       // the shorter queue
-      {4, 0, 5, 0, 9, 0, "p:pe_path:0+7"},       //
-      {5, 0, 5, 0, 4, 0, "h:helper_path:0+7"},   //
-      {5, 0, 5, 0, 5, 0, "p:pe_path:0+7"},       // all equal: no network
-      {5, 10, 5, 11, 5, 0, "d:de_path:0+7"},     // equal queues: the faster
-      {5, 10, 5, 10, 5, 0, "p:pe_path:0+7"},     // equal queues and rates
-      {5, 1000, 4, 1, 9, 0, "d:de_path:0+7"},    // the queue counts before the rate
-      {0, 0, 0, 0, 0, 1, "h:helper_path:0+7"},   //
+      {5, 0, 4, 0, 9, 0, "d:de_path:0+7"},      // the shorter queue
+      {4, 0, 5, 0, 9, 0, "p:pe_path:0+7"},      //
+      {5, 0, 5, 0, 4, 0, "h:helper_path:0+7"},  //
+      {5, 0, 5, 0, 5, 0, "p:pe_path:0+7"},      // all equal: no network
+      {5, 10, 5, 11, 5, 0, "d:de_path:0+7"},    // equal queues: the faster
+      {5, 10, 5, 10, 5, 0, "p:pe_path:0+7"},    // equal queues and rates
+      {5, 1000, 4, 1, 9, 0, "d:de_path:0+7"},   // the queue counts before the rate
+      {0, 0, 0, 0, 0, 1, "h:helper_path:0+7"},  //
   };
   for (const Row& row : rows) {
     EXPECT_EQ(run(policy, request(7, node("p", row.p_queue, row.p_rate), node("d", row.d_queue, row.d_rate),
@@ -120,8 +121,7 @@ TEST(Policy, SplitTable) {
   EXPECT_EQ(run(policy, request(10, node("p", 0, 100), node("d", 1000, 100))), "p:pe_path:0+10");
   EXPECT_EQ(run(policy, request(9, node("p"), node("d"), {node("h")})),
             "p:pe_path:0+3 d:de_path:3+3 h:helper_path:6+3");
-  EXPECT_EQ(run(policy, request(9, node("p"), {}, {node("h1", 100), node("h2")})),
-            "p:pe_path:0+5 h2:helper_path:5+4");
+  EXPECT_EQ(run(policy, request(9, node("p"), {}, {node("h1", 100), node("h2")})), "p:pe_path:0+5 h2:helper_path:5+4");
   // A side not measured yet is taken to be as fast as the others on average.
   EXPECT_EQ(run(policy, request(10, node("p", 0, 500), node("d", 0, 0))), "p:pe_path:0+5 d:de_path:5+5");
 }

@@ -4,10 +4,8 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
-#include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 #include <map>
 #include <optional>
 
@@ -19,10 +17,10 @@ namespace dualkv::testing {
 using Bytes = std::vector<std::byte>;
 
 inline Bytes read_file(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  Bytes bytes;
-  std::transform(std::istreambuf_iterator<char>(in), {}, std::back_inserter(bytes),
-                 [](char c) { return static_cast<std::byte>(c); });
+  std::ifstream in(path, std::ios::binary | std::ios::ate);
+  Bytes bytes(in ? static_cast<std::size_t>(in.tellg()) : 0);
+  in.seekg(0);
+  in.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
   return bytes;
 }
 
@@ -79,9 +77,7 @@ class StoreTestBase {
     for (const auto& entry : std::filesystem::directory_iterator(root_.path() + "/kv")) return entry.path();
     return {};
   }
-  std::string file_of(const Key& key) const {
-    return space() + "/" + key.hex().substr(0, 2) + "/" + key.hex() + ".kv";
-  }
+  std::string file_of(const Key& key) const { return space() + "/" + key.hex().substr(0, 2) + "/" + key.hex() + ".kv"; }
   // Every block file, by path.
   std::map<std::string, Bytes> files() const {
     std::map<std::string, Bytes> found;

@@ -9,8 +9,8 @@
 #include <filesystem>
 #include <memory>
 #include <random>
-#include <thread>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "dualkv/geometry.h"

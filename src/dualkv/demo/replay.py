@@ -40,12 +40,16 @@ class Replay:
 
 
 class Replayer:
-    """Sends turns to a cluster. ``spread``: other decode and prefill nodes may help reading."""
+    """Sends turns to a cluster.
 
-    def __init__(self, cluster: Cluster, vocab: int, *, spread: bool) -> None:
+    ``spread``: other decode and prefill nodes may help reading. ``sticky``: an agent stays with one decode engine.
+    """
+
+    def __init__(self, cluster: Cluster, vocab: int, *, spread: bool, sticky: bool) -> None:
         self._cluster = cluster
         self._vocab = vocab
         self._spread = spread
+        self._sticky = sticky
         self._decode_turns = itertools.cycle(cluster.decode)
 
     async def run(self, sessions: Sequence[traces.Session], on_turn: Callable[[], None]) -> Replay:
@@ -56,13 +60,14 @@ class Replayer:
         replay.seconds = time.monotonic() - began
         return replay
 
-    async def warm(self, agent: int, tokens: "np.ndarray[Any, Any]", decode: EngineProcess) -> None:
-        """Makes a stored context resident in the agent's prefill engine and in ``decode``."""
-        await self._answer(agent, tokens.tolist(), decode, 1)
+    async def warm(self, agent: int, tokens: "np.ndarray[Any, Any]") -> None:
+        """Makes a stored context resident in the agent's engines."""
+        await self._answer(agent, tokens.tolist(), 1)
 
-    async def _agent(
-        self, agent: int, session: traces.Session, replay: Replay, on_turn: Callable[[], None]
-    ) -> None:
+    def _decode_of(self, agent: int) -> EngineProcess:
+        return self._cluster.decode[agent % len(self._cluster.decode)] if self._sticky else next(self._decode_turns)
+
+    async def _agent(self, agent: int, session: traces.Session, replay: Replay, on_turn: Callable[[], None]) -> None:
         conversation = traces.Conversation(session, self._vocab)
         spoken = np.zeros(0, dtype=np.uint32)
         turn = 0
@@ -85,7 +90,7 @@ class Replayer:
         self, agent: int, turn: int, prompt: "np.ndarray[Any, Any]", outputs: int
     ) -> tuple[TurnRecord, list[int]]:
         began = time.monotonic()
-        prefilled, decoded, ttft_s = await self._answer(agent, prompt.tolist(), next(self._decode_turns), outputs)
+        prefilled, decoded, ttft_s = await self._answer(agent, prompt.tolist(), outputs)
         record = TurnRecord(
             agent,
             turn,
@@ -99,10 +104,11 @@ class Replayer:
         return record, decoded["tokens"]
 
     async def _answer(
-        self, agent: int, tokens: list[int], decode: EngineProcess, outputs: int
+        self, agent: int, tokens: list[int], outputs: int
     ) -> tuple[dict[str, Any], dict[str, Any], float]:
         """What the prefill and the decode engine say, and the time to the first token."""
         prefill = self._cluster.prefill[agent % len(self._cluster.prefill)]
+        decode = self._decode_of(agent)
         helpers = [e.name for e in self._cluster.engines if e not in (prefill, decode)] if self._spread else []
         began = time.monotonic()
         prefilled = await prefill.call("prefill", tokens=tokens, decode=decode.name, helpers=helpers)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import pathlib
 import shutil
@@ -36,6 +37,7 @@ MODES = {
 }
 
 # A 16-layer GQA model whose KV is large for its compute (64 KiB a token in fp32), as long contexts are.
+TORCH_VOCAB = 512
 TORCH_MODEL = {
     "kind": "gqa",
     "layers": 16,
@@ -44,7 +46,7 @@ TORCH_MODEL = {
     "kv_heads": 4,
     "head_dim": 128,
     "mlp_hidden": 512,
-    "vocab": 512,
+    "vocab": TORCH_VOCAB,
     "seed": 7,
 }
 MLA_MODEL = {**TORCH_MODEL, "kind": "mla", "latent_dim": 512, "rope_dim": 64}
@@ -60,7 +62,7 @@ class DemoOptions:
     model: str = "gqa"
     transport: str = "tcp"
     agents: int = 8
-    turns: int = 6
+    turns: int = 12
     dataset: str = "64K"
     trace: str | None = None
     scale: float = 32.0
@@ -88,8 +90,10 @@ def load_sessions(options: DemoOptions) -> list[traces.Session]:
         sessions = traces.read(options.trace)
         sessions = [s for s in sessions if len(s.turns) >= 2][:wanted]
         if len(sessions) < wanted:
-            raise Error(f"trace {options.trace!r} has {len(sessions)} usable sessions, {wanted} are needed; "
-                        "lower --agents", "invalid_argument")
+            raise Error(
+                f"trace {options.trace!r} has {len(sessions)} usable sessions, {wanted} are needed; lower --agents",
+                "invalid_argument",
+            )
     else:
         sessions = traces.generate(options.dataset, wanted, options.seed)
     return list(traces.scale(sessions, options.scale, block_size=options.tokens_per_block, turns=options.turns))
@@ -100,7 +104,7 @@ def stored_prefix(session: traces.Session, vocab: int, per_block: int) -> "np.nd
     conversation = traces.Conversation(session, vocab)
     prompt = conversation.prompt()
     lengths = [turn.input_tokens for turn in session.turns]
-    appended = [later - earlier for earlier, later in zip(lengths, lengths[1:], strict=False) if later > earlier]
+    appended = [later - earlier for earlier, later in itertools.pairwise(lengths) if later > earlier]
     append = int(np.mean(appended)) if appended else per_block
     keep = max(0, len(prompt) - max(1, append)) // per_block * per_block
     return prompt[:keep]
@@ -114,7 +118,7 @@ class _Demo:
         self.topology = topology
         self.directory = directory
         self.progress = progress
-        self.vocab = TORCH_MODEL["vocab"] if options.engine == "torch" else 50021
+        self.vocab = TORCH_VOCAB if options.engine == "torch" else 50021
         sessions = load_sessions(options)
         self.sessions, self.alone = sessions[:-1], sessions[-1:]
         longest = max(turn.input_tokens + turn.output_tokens for s in sessions for turn in s.turns)
@@ -140,7 +144,9 @@ class _Demo:
         """Stores every session's context as it was before the first turn."""
         root = self.directory / "seed"
         step = self.progress.stage(f"{self.topology} populate storage", len(self.sessions) + 1)
-        await self.cluster.open(str(root), self.options.transport, str(self.directory), {"staging": self.options.staging})
+        await self.cluster.open(
+            str(root), self.options.transport, str(self.directory), {"staging": self.options.staging}
+        )
         engines = self.cluster.prefill
 
         async def one(i: int, session: traces.Session) -> None:
@@ -173,7 +179,7 @@ class _Demo:
             "store_options": {"read_limit": self.options.snic_limit},
         }
         await self.cluster.open(str(root), self.options.transport, str(self.directory), options)
-        replayer = Replayer(self.cluster, self.vocab, spread=mode.spread)
+        replayer = Replayer(self.cluster, self.vocab, spread=mode.spread, sticky=mode.resident)
         turns = sum(len(session.turns) for session in self.sessions + self.alone)
         step = self.progress.stage(f"{self.topology} {name}", turns)
         if mode.resident:
@@ -194,8 +200,8 @@ class _Demo:
         for i, session in enumerate(self.sessions + self.alone):
             agent = i if i < len(self.sessions) else 0
             tokens = stored_prefix(session, self.vocab, self.options.tokens_per_block)
-            for decode in self.cluster.decode:
-                await replayer.warm(agent, tokens, decode)
+            if len(tokens):
+                await replayer.warm(agent, tokens)
 
     async def _bytes_read(self) -> dict[str, int]:
         return {e.name: (await e.call("stats"))["store"]["bytes_read"] for e in self.cluster.engines}
@@ -245,9 +251,9 @@ class _Demo:
         async def one(i: int, item: Any) -> None:
             (_, raw), users = item
             tokens = np.frombuffer(raw, dtype=np.uint32)
-            for run, spans in users[:1]:
-                wrong = await engines[i % len(engines)].call("check", tokens=tokens.tolist(), spans=spans)
-            for run, spans in users:
+            spans = users[0][1]  # the same for all who said these tokens
+            wrong = await engines[i % len(engines)].call("check", tokens=tokens.tolist(), spans=spans)
+            for run, _ in users:
                 run.exact["ok"] += sum(count == 0 for count in wrong)
             step()
 

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 import dualkv
 
-TokenArray = "np.ndarray[Any, Any]"
+TokenArray: TypeAlias = "np.ndarray[Any, Any]"
 
 
 class TorchCompute:
@@ -50,6 +50,10 @@ class TorchCompute:
         table = self._tensor(block_ids)
         logits = self.model.prefill(self._tensor(tokens[start:]), start, table, self.cache, before_layer, after_layer)
         return int(self._models.greedy(self.model, logits))
+
+    def fill(self, tokens: TokenArray, block_ids: Sequence[int]) -> None:
+        """See ``Compute.fill``."""
+        self.prefill(tokens, 0, block_ids, lambda _layer: None, lambda _layer: None)
 
     def decode(self, tokens: TokenArray, block_ids: Sequence[int]) -> int:
         """See ``Compute.decode``."""
@@ -109,7 +113,7 @@ class ModelledCompute:
         return names
 
     def _pattern(self, name: int, layer: int) -> TokenArray:
-        return self._ramp ^ np.uint64(name * 1024 + layer)
+        return np.bitwise_xor(self._ramp, np.uint64(name * 1024 + layer))
 
     def prefill(
         self,
@@ -135,6 +139,12 @@ class ModelledCompute:
             time.sleep(max(0.0, layer_s - (time.monotonic() - began)))
             after_layer(layer)
         return names[-1] % 50021
+
+    def fill(self, tokens: TokenArray, block_ids: Sequence[int]) -> None:
+        """See ``Compute.fill``; takes no modelled time."""
+        for layer in range(self.geometry.layers):
+            for name, block in zip(self._names(tokens), block_ids, strict=True):
+                self.cache[layer, block] = self._pattern(name, layer)
 
     def decode(self, tokens: TokenArray, block_ids: Sequence[int]) -> int:
         """See ``Compute.decode``."""

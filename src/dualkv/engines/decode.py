@@ -24,9 +24,7 @@ class Decoded:
 class DecodeEngine:
     """One decode engine."""
 
-    def __init__(
-        self, node: dualkv.Node, compute: Compute, *, resident: bool = False, deadline_s: float = 30
-    ) -> None:
+    def __init__(self, node: dualkv.Node, compute: Compute, *, resident: bool = False, deadline_s: float = 30) -> None:
         self.node = node
         self.compute = compute
         self.deadline_s = deadline_s

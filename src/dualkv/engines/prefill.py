@@ -35,6 +35,10 @@ class Compute(Protocol):
         """Computes ``tokens[start:]`` against the cached ``tokens[:start]``; returns the next token."""
         ...
 
+    def fill(self, tokens: "np.ndarray[Any, Any]", block_ids: Sequence[int]) -> None:
+        """Computes the KV of a whole context."""
+        ...
+
     def decode(self, tokens: "np.ndarray[Any, Any]", block_ids: Sequence[int]) -> int:
         """Computes the last of ``tokens`` against the cached rest; returns the next token."""
         ...

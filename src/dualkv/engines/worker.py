@@ -119,9 +119,7 @@ class Worker:
         tokens = np.asarray(request["tokens"], dtype=np.uint32)
         keys = dualkv.block_keys(tokens, self.compute.geometry)
         ids = await self.engine.blocks.take(-(-len(tokens) // self.compute.geometry.tokens_per_block))
-        await asyncio.to_thread(
-            self.compute.prefill, tokens, 0, ids, lambda _layer: None, lambda _layer: None
-        )
+        await asyncio.to_thread(self.compute.fill, tokens, ids)
         await self.node.save(keys, self.compute.kv, ids[: len(keys)], deadline_s=60)
         await self.engine.blocks.give_back(ids)
         return len(keys)

@@ -81,9 +81,7 @@ def _turn_counts(workload: _Workload, agents: int, rng: Random) -> list[int]:
     return counts
 
 
-def _session(
-    session_id: str, workload: _Workload, turns: int, block_size: int, rng: Random
-) -> Session:
+def _session(session_id: str, workload: _Workload, turns: int, block_size: int, rng: Random) -> Session:
     appended, generated = _lengths(workload, turns, rng)
     grown = list(accumulate(a + g for a, g in zip(appended, generated, strict=True)))
     inputs = [length - output for length, output in zip(grown, generated, strict=True)]

@@ -30,9 +30,7 @@ def read(path: Source, *, sessions: int | None = None, turns: int | None = None)
     )
 
 
-def read_agentic(
-    path: Source, *, sessions: int | None = None, turns: int | None = None
-) -> list[Session]:
+def read_agentic(path: Source, *, sessions: int | None = None, turns: int | None = None) -> list[Session]:
     """Reads anonymised coding-agent sessions: JSON lines, plain or gzip, one session each.
 
     Fields: id, block_size (tokens), requests[] with t (s from the session's start), in, out
@@ -57,9 +55,7 @@ def read_agentic(
     return _not_empty(path, list(found.values()))
 
 
-def read_mooncake(
-    path: Source, *, sessions: int | None = None, turns: int | None = None
-) -> list[Session]:
+def read_mooncake(path: Source, *, sessions: int | None = None, turns: int | None = None) -> list[Session]:
     """Reads a Mooncake trace: JSON lines, plain or gzip, one request each; groups the requests.
 
     Fields: timestamp (ms), input_length, output_length (tokens), hash_ids (one per 512 tokens; one

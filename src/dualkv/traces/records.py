@@ -104,8 +104,5 @@ class Record:
             raise self.error(name, "must be a list of objects, not empty")
         for index, item in enumerate(value):
             if not isinstance(item, dict):
-                raise ValueError(
-                    f"{self.place}: {self.prefix}{name}[{index}] = {short_repr(item)}: "
-                    "must be an object"
-                )
+                raise ValueError(f"{self.place}: {self.prefix}{name}[{index}] = {short_repr(item)}: must be an object")
         return [Record(self.place, item, f"{name}[{i}].") for i, item in enumerate(value)]

@@ -59,9 +59,7 @@ def scale(
     if not 1 <= factor < math.inf:
         raise ValueError(f"factor {factor} is not a finite number from 1 on")
     if block_size < 1 or skip_tokens < 0 or (turns is not None and turns < 1):
-        raise ValueError(
-            f"block_size {block_size}, turns {turns}, skip_tokens {skip_tokens}: below 1, 1 or 0"
-        )
+        raise ValueError(f"block_size {block_size}, turns {turns}, skip_tokens {skip_tokens}: below 1, 1 or 0")
     grid = _Grid(Fraction(factor), block_size, skip_tokens)
     if isinstance(sessions, Session):
         return _scale(_window(sessions, turns), grid)
@@ -100,10 +98,7 @@ def _window(session: Session, turns: int | None) -> Session:
     nearest = min(range(len(inputs)), key=lambda index: abs(inputs[index] - mean))
     first = min(nearest, len(inputs) - turns)
     shift_s = session.turns[first].start_s - session.turns[0].start_s
-    kept = [
-        replace(turn, start_s=turn.start_s - shift_s)
-        for turn in session.turns[first : first + turns]
-    ]
+    kept = [replace(turn, start_s=turn.start_s - shift_s) for turn in session.turns[first : first + turns]]
     kept[0] = replace(kept[0], think_time_s=session.turns[0].think_time_s)
     return replace(session, turns=tuple(kept))
 

@@ -92,9 +92,7 @@ class Conversation:
         return len(self._outputs)
 
 
-def _closed_loop(
-    session: Session, turn_index: int, vocab_size: int, outputs: Sequence[Tokens]
-) -> Tokens:
+def _closed_loop(session: Session, turn_index: int, vocab_size: int, outputs: Sequence[Tokens]) -> Tokens:
     lineage = _lineage(session, turn_index)
     context = np.empty(max(session.turns[index].input_tokens for index in lineage), np.uint32)
     for index in lineage:  # each turn keeps the head of its predecessor's input, in place

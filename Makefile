@@ -1,0 +1,69 @@
+# Two commands do everything: `make demo` and `make test`. Both set up what they need in .venv.
+PYTHON ?= python3
+# The last CPU build that needs no extra index on a plain machine; any torch >= 2.4 works.
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin
+APT := $(if $(filter 0,$(shell id -u)),apt-get,sudo apt-get)
+JOBS ?= $(shell nproc)
+
+.PHONY: demo test test-cpp test-python lint format system-demo system-test clean
+
+demo: $(VENV)/demo.stamp
+	$(RUN)/dualkv demo --topology 1P1D,1P2D --html dualkv-demo.html
+
+test: lint test-python test-cpp
+	@echo "all tests passed"
+
+# liburing makes storage reads fast; without root and without it, the build says so and goes on.
+system-demo:
+	@command -v c++ >/dev/null && test -e /usr/include/liburing.h && $(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  ($(APT) update -qq && $(APT) install -y -qq g++ liburing-dev python3-venv python3-dev >/dev/null) || \
+	  echo "could not install system packages; going on without (see README.md, Install)"
+
+system-test: system-demo
+	@test -e /usr/include/gtest/gtest.h && command -v cmake >/dev/null && command -v ninja >/dev/null || \
+	  ($(APT) update -qq && $(APT) install -y -qq libgtest-dev cmake ninja-build >/dev/null)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+sources := $(shell find src bindings cpp include third_party CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
+
+$(VENV)/demo.stamp: $(sources) | system-demo $(VENV)/bin/python
+	$(RUN)/pip install -q "$(TORCH)"
+	$(RUN)/pip install -q ".[demo]"
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp | system-test
+	$(RUN)/pip install -q "pip>=25.1"
+	$(RUN)/pip install -q --group test
+	@touch $@
+
+lint: $(VENV)/test.stamp
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' ':!third_party')
+	$(RUN)/mypy
+
+test-python: $(VENV)/test.stamp
+	$(RUN)/python -m pytest
+
+# Each sanitizer is a build of its own; the first also measures coverage of the core.
+test-cpp: build/asan/done build/tsan/done
+	$(RUN)/gcovr --root . --filter 'cpp/' --filter 'include/' --print-summary build/asan | tail -n 40
+
+build/asan/done: FLAGS := -DDUALKV_SANITIZE=address,undefined -DDUALKV_COVERAGE=ON
+build/tsan/done: FLAGS := -DDUALKV_SANITIZE=thread
+build/%/done: $(sources) $(wildcard tests/cpp/* tests/fuzz/*) | $(VENV)/test.stamp
+	cmake -S . -B build/$* -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDUALKV_TESTS=ON $(FLAGS) >/dev/null
+	cmake --build build/$* -j $(JOBS)
+	build/$*/tests/cpp/dualkv_tests --gtest_brief=1
+	@touch $@
+
+format: $(VENV)/test.stamp
+	$(RUN)/ruff check --fix . && $(RUN)/ruff format .
+	$(RUN)/clang-format -i $$(git ls-files '*.cpp' '*.h' ':!third_party')
+
+clean:
+	rm -rf build $(VENV) dualkv-demo.html

@@ -1,0 +1,34 @@
+"""``dualkv``: the command line. Exit codes: 0 ok, 1 failed, 2 usage, 77 not supported here."""
+
+import sys
+
+import click
+
+import dualkv
+from dualkv.cli.demo import demo
+from dualkv.cli.store import store
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dualkv.__version__)
+def cli() -> None:
+    """KV-cache transfer for LLM inference over two paths.
+
+    \b
+    Example:
+      dualkv demo                      basic against dualpath, split and oracle, on this machine
+      dualkv store verify /mnt/kv ...  check every stored block
+    """
+
+
+cli.add_command(demo)
+cli.add_command(store)
+
+
+def main() -> None:
+    """Entry point: dualkv errors become one line and an exit code."""
+    try:
+        cli()
+    except dualkv.Error as error:
+        click.echo(f"dualkv: {error}", err=True)
+        sys.exit({"invalid_argument": 2, "unsupported": 77}.get(error.code, 1))

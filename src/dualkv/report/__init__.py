@@ -1,0 +1,1 @@
+"""Reports people read: one self-contained HTML file of a demo run."""

@@ -1,0 +1,251 @@
+"""The demo's report: one HTML file that needs nothing else."""
+
+import dataclasses
+import html
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+from dualkv.demo.results import DemoResult, ModeRun
+from dualkv.demo.run import DemoOptions
+from dualkv.errors import Error
+from dualkv.report import plots, timeline
+
+_TITLE = "dualkv demo: loading KV cache over two paths"
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c2026; --page: #ffffff; --soft: #5c6672; --line: #d6dbe1; --band: #f4f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e7ec; --page: #14171b; --soft: #9aa5b1; --line: #343b44; --band: #1c2127; }
+}
+body { margin: 0 auto; padding: 1.5rem; max-width: 64rem; color: var(--ink); background: var(--page);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.8rem 0 0.2rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+.soft { color: var(--soft); font-size: 0.9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.55rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; } td.name, th.name { text-align: left; }
+tbody tr:nth-child(even) { background: var(--band); }
+.bad { color: #d6456b; font-weight: 600; }
+figure { margin: 0.5rem 0 1rem; } svg { display: block; width: 100%; height: auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+pre { overflow-x: auto; padding: 0.8rem; background: var(--band); font-size: 0.8rem; }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); }
+"""
+
+# What each value of a label means. {limit} is the SNIC limit.
+_LABELS = {
+    "memory": {"host": "KV caches are host memory, no GPU memory is involved"},
+    "transport": {
+        "tcp": "engines exchange KV over TCP on this machine's loopback, which stands in for the compute network",
+        "shm": "engines exchange KV through shared memory, which stands in for the compute network",
+    },
+    "snic": {
+        "bucket": "a token bucket stands in for the storage NIC: it limits each engine's reads to {limit}",
+        "none": "no storage NIC is emulated: files are read as fast as this machine can",
+    },
+    "engine": {
+        "torch": "a real PyTorch model computes, on one CPU thread per engine",
+        "modelled": "compute is a calibrated wait, and KV is a pattern that is written and checked byte for byte",
+    },
+    "topology": {},
+}
+_TOPOLOGY_MEANING = "1P2D is one prefill and two decode engines, processes of one machine with an SNIC limit each"
+
+_MODES = {
+    "basic": "the prefill node reads every stored block through its own storage NIC, as engines do today.",
+    "dualpath": "each request is loaded by the node with the shorter read queue: the prefill node (PE path), or the "
+    "decode node, which reads with its own storage NIC and streams each layer to the prefill node (DE path).",
+    "split": "each request is divided among all these storage NICs at once, idle nodes' included (helper path).",
+    "oracle": "what is stored is in the engines' caches before the clock starts, so loading costs nothing: the bound "
+    "that no loading can beat.",
+}
+
+_MEASURES = (
+    "JCT is the time until the last agent's last turn is answered; agents send a turn when the last one is answered. "
+    "TTFT is the time from sending a prompt to its first token; “alone” is the median TTFT of one agent with nothing "
+    "else running. SNIC utilisation is what a side's storage NICs read, of what they could have read in that time. "
+)
+_EXACT = {
+    "torch": "A turn is exact when its tokens are those of the same model without any cache.",
+    "modelled": "A turn is exact when every byte of KV the engines used was the right one.",
+}
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _rate(limit: int) -> str:
+    return f"{limit / 1e6:g} MB/s" if limit else "nothing"
+
+
+def _labels(labels: dict[str, str], options: DemoOptions) -> str:
+    rows = []
+    for name, value in labels.items():
+        meaning = _LABELS.get(name, {}).get(value, "").format(limit=_rate(options.snic_limit))
+        if name == "topology":
+            meaning = _TOPOLOGY_MEANING
+        said = f"<strong>{_text(value)}</strong>" + (f": {_text(meaning)}" if meaning else "")
+        rows.append(f"<dt>{_text(name)}</dt><dd>{said}</dd>")
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _modes() -> str:
+    said = "".join(f"<dt>{_text(mode)}</dt><dd>{_text(meaning)}</dd>" for mode, meaning in _MODES.items())
+    intro = "Agents hold long conversations; the KV of what was said is on storage. The modes differ in who reads it:"
+    return f"<p>{intro}</p><dl>{said}</dl>"
+
+
+def _gigabytes(run: ModeRun, path: str) -> str:
+    return f"{run.bytes.get(path, 0) / 1e9:.3f}"
+
+
+def _percent(run: ModeRun, side: str) -> str:
+    return f"{100 * run.snic_utilisation.get(side, 0.0):.0f} %"
+
+
+def _exact(run: ModeRun) -> str:
+    said = f"{run.exact.get('ok', 0)}/{run.exact.get('total', 0)}"
+    return said if run.exact.get("ok") == run.exact.get("total") else f'<span class="bad">{said}</span>'
+
+
+def _failures(run: ModeRun) -> str:
+    return f'<span class="bad">{len(run.failures)}</span>' if run.failures else "0"
+
+
+# Heading, and the cell's HTML.
+_COLUMNS: tuple[tuple[str, Callable[[ModeRun], str]], ...] = (
+    ("topology", lambda run: _text(run.topology)),
+    ("mode", lambda run: _text(run.mode)),
+    ("JCT, s", lambda run: f"{run.jct_s:.2f}"),
+    ("speed-up over basic", lambda run: f"{run.speedup:.2f}x" if run.speedup else "-"),
+    ("prompt tokens/s", lambda run: f"{run.prompt_tokens_per_s:,.0f}"),
+    ("TTFT p50, s", lambda run: f"{run.ttft_s.p50:.3f}"),
+    ("TTFT p99, s", lambda run: f"{run.ttft_s.p99:.3f}"),
+    ("TTFT alone, s", lambda run: f"{run.ttft_alone_s.p50:.3f}"),
+    ("PE path, GB", lambda run: _gigabytes(run, "pe_path")),
+    ("DE path, GB", lambda run: _gigabytes(run, "de_path")),
+    ("helper path, GB", lambda run: _gigabytes(run, "helper_path")),
+    ("SNIC used, prefill", lambda run: _percent(run, "prefill")),
+    ("SNIC used, decode", lambda run: _percent(run, "decode")),
+    ("exact turns", _exact),
+    ("failures", _failures),
+)
+_NAMES = 2  # that many first columns are names, the others numbers
+
+
+def _table(runs: Sequence[ModeRun]) -> str:
+    def cells(tag: str, values: Sequence[str]) -> str:
+        names = [f'<{tag} class="name">{value}</{tag}>' for value in values[:_NAMES]]
+        return "".join(names + [f"<{tag}>{value}</{tag}>" for value in values[_NAMES:]])
+
+    head = cells("th", [_text(heading) for heading, _ in _COLUMNS])
+    body = "".join(f"<tr>{cells('td', [cell(run) for _, cell in _COLUMNS])}</tr>" for run in runs)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _notes(runs: Sequence[ModeRun]) -> str:
+    """Every failure, and what the nodes had to do without."""
+    items = [f"{run.topology} {run.mode}: {failure}" for run in runs for failure in run.failures]
+    failures = f"<h3>Failures</h3><ul>{''.join(f'<li>{_text(item)}</li>' for item in items)}</ul>" if items else ""
+    without = sorted({what for run in runs for what, count in run.fallbacks.items() if count})
+    if without:
+        failures += f'<p class="soft">Fallbacks the nodes took: {_text(", ".join(without))}.</p>'
+    return failures
+
+
+def _figure(heading: str, svg: str, caption: str, otherwise: str) -> str:
+    if not svg:
+        return f'<h3>{_text(heading)}</h3><p class="soft">{_text(otherwise)}</p>'
+    return f'<h3>{_text(heading)}</h3><figure>{svg}<figcaption class="soft">{_text(caption)}</figcaption></figure>'
+
+
+def _speedups(runs: Sequence[ModeRun]) -> str:
+    svg = plots.speedup(runs, "speedup")
+    caption = "Basic's JCT over each mode's; higher is better."
+    return _figure("Speed-up over basic", svg, caption, "There is no basic run to compare with.")
+
+
+def _timelines(runs: Sequence[ModeRun], name: str) -> str:
+    picks, missing = timeline.pick(runs)
+    caption = (
+        "For each path the turn of median TTFT among those that used only it. Upper half of a layer's row: reading "
+        "from storage and streaming, until that side's last byte of the layer arrived; pale until the side's first "
+        "byte of any layer. Lower half: the prefill engine waits for the layer, computes it, publishes it to the "
+        "decode node. An engine computes one request at a time: the gap before its first bar is others' computing."
+    )
+    svg = timeline.timeline(picks, name)
+    said = _figure("One request, layer by layer", svg, caption, "There is no request to show.")
+    return said + "".join(f'<p class="soft">{_text(sentence)}</p>' for sentence in missing)
+
+
+def _topology(runs: Sequence[ModeRun], topology: str, number: int, options: DemoOptions) -> str:
+    """The plots of one topology."""
+    mine = [run for run in runs if run.topology == topology]
+    return "".join(
+        (
+            f"<h2>{_text(topology)}</h2>",
+            _figure(
+                "Storage bandwidth of each engine",
+                plots.bandwidth(mine, options.snic_limit, f"bandwidth-{number}"),
+                "Bytes each engine's node read from storage between one sample and the next; a burst after a pause "
+                "may exceed the limit for one sample.",
+                "Nothing was sampled.",
+            ),
+            _figure(
+                "Time to first token",
+                plots.ttft(mine, f"ttft-{number}"),
+                "Over all turns of all agents; further left is better.",
+                "No turn was answered.",
+            ),
+            _timelines(mine, f"timeline-{number}"),
+        )
+    )
+
+
+def options_json(options: DemoOptions) -> str:
+    """The options as JSON; topologies as they are written on the command line."""
+    fields = dataclasses.asdict(options)
+    fields["topologies"] = [str(topology) for topology in options.topologies]
+    return json.dumps(fields, indent=2, default=str)
+
+
+def _page(result: DemoResult, options: DemoOptions) -> str:
+    topologies = list(dict.fromkeys(run.topology for run in result.runs))
+    exact = _EXACT.get(result.labels.get("engine", ""), "")
+    parts = [
+        f"<h1>{_text(_TITLE)}</h1>",
+        "<h2>What ran, and what was emulated</h2>",
+        _labels(result.labels, options),
+        "<h2>Modes</h2>",
+        _modes(),
+        "<h2>Results</h2>",
+        _table(result.runs),
+        f'<p class="soft">{_text(_MEASURES + exact)}</p>',
+        _notes(result.runs),
+        _speedups(result.runs),
+        *(_topology(result.runs, topology, i, options) for i, topology in enumerate(topologies)),
+        f'<footer><h3>Options</h3><pre id="options">{_text(options_json(options))}</pre></footer>',
+    ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{_text(_TITLE)}</title><style>{_CSS}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def write_demo_report(result: DemoResult, path: str | os.PathLike[str], options: DemoOptions) -> None:
+    """Writes ``result`` as one HTML file without scripts or links; needs matplotlib (``dualkv[report]``)."""
+    plots.require_matplotlib()
+    page = _page(result, options)
+    try:
+        pathlib.Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise Error(f"report: can't write {os.fspath(path)!r}: {error}", "io", error.errno or 0) from error

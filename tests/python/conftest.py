@@ -1,0 +1,55 @@
+"""Fixtures of the Python tests."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import assert_all_free, make_geometry
+
+import dualkv
+
+MakeNode = Callable[..., dualkv.Node]
+
+
+@pytest.fixture
+def small() -> dualkv.KvGeometry:
+    """Five layers of odd sizes."""
+    return make_geometry()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A store root that does not exist yet."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def live_nodes() -> Iterator[list[dualkv.Node]]:
+    """Nodes the test made. In the end all their staging becomes free, without closing them; then they are closed."""
+    nodes: list[dualkv.Node] = []
+    yield nodes
+    try:
+        assert_all_free(nodes)
+    finally:
+        for node in nodes:
+            node.close()
+
+
+@pytest.fixture
+def make_node(root: Path, small: dualkv.KvGeometry, live_nodes: list[dualkv.Node]) -> MakeNode:
+    """Makes nodes over one root, with a pool of ``slots`` blocks."""
+    numbers = itertools.count()
+
+    def make(name: str | None = None, *, slots: int = 64, **options: Any) -> dualkv.Node:
+        options.setdefault("store", f"file://{root}")
+        options.setdefault("stall_s", 0.5)
+        geometry = options.pop("geometry", small)
+        node = dualkv.Node(name or f"n{next(numbers)}", geometry, staging=slots * geometry.file_bytes, **options)
+        live_nodes.append(node)
+        return node
+
+    return make
