@@ -1,0 +1,89 @@
+"""The demo on a small scale: every mode exact, the JSON as documented, nothing left behind."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dualkv.cli.main import cli
+
+TRACE = Path(
+    os.environ.get("DUALKV_TRACE_FILE", Path(__file__).parents[3] / "shared/data/agentic_coding_traces.jsonl.gz")
+)
+
+
+def run(tmp_path: Path, *arguments: str) -> dict:
+    small = ["--agents", "2", "--turns", "2", "--scale", "128", "--snic-limit", "400MB/s", "--staging", "256MiB"]
+    command = ["demo", *small, "--work-dir", str(tmp_path), "--json", *arguments]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.iterdir()) == [], "the demo left files behind"
+    out: dict = json.loads(result.stdout)
+    return out
+
+
+def check(result: dict, modes: int) -> None:
+    assert set(result["labels"]) == {"memory", "transport", "snic", "engine", "topology"}
+    assert len(result["runs"]) == modes
+    for one in result["runs"]:
+        assert one["exact"]["ok"] == one["exact"]["total"] > 0, one
+        assert one["failures"] == []
+        assert one["jct_s"] > 0
+        assert set(one["bytes"]) == {"pe_path", "de_path", "helper_path", "published", "saved"}
+        assert set(one["snic_utilisation"]) == {"prefill", "decode"}
+        assert set(one["ttft_s"]) == {"p50", "p99"}
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_modelled_engine_is_exact_in_every_mode(tmp_path: Path, transport: str) -> None:
+    result = run(tmp_path, "--engine", "modelled", "--transport", transport)
+    check(result, 4)
+    by_mode = {one["mode"]: one["bytes"] for one in result["runs"]}
+    assert by_mode["basic"]["de_path"] == 0
+    assert by_mode["split"]["de_path"] > 0
+    assert by_mode["split"]["pe_path"] > 0
+
+
+def test_helpers_read_in_1p2d(tmp_path: Path) -> None:
+    result = run(tmp_path, "--engine", "modelled", "--topology", "1P2D", "--modes", "basic,split")
+    check(result, 2)
+    assert result["runs"][1]["bytes"]["helper_path"] > 0
+
+
+def test_two_prefill_engines(tmp_path: Path) -> None:
+    check(run(tmp_path, "--engine", "modelled", "--topology", "2P1D", "--modes", "split,oracle"), 2)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("model", ["gqa", "mla"])
+def test_torch_engine_says_exactly_the_tokens_of_generation_without_a_cache(tmp_path: Path, model: str) -> None:
+    pytest.importorskip("torch")
+    check(run(tmp_path, "--engine", "torch", "--model", model, "--modes", "basic,dualpath,split"), 3)
+
+
+def test_real_traces(tmp_path: Path) -> None:
+    if not TRACE.exists():
+        pytest.skip(f"no trace file at {TRACE}; set DUALKV_TRACE_FILE")
+    result = run(tmp_path, "--engine", "modelled", "--trace", str(TRACE), "--modes", "basic,split")
+    check(result, 2)
+    assert result["labels"]["engine"] == "modelled"
+    assert result["labels"]["snic"] == "bucket"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology", "0P1D"], "topology"),
+        (["--modes", "basic,nonsense"], "nonsense"),
+        (["--snic-limit", "fast"], "fast"),
+        (["--trace", "does-not-exist"], "does-not-exist"),
+        (["--agents", "0"], "agents"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_starts(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["demo", "--work-dir", str(tmp_path / "work"), *arguments])
+    assert result.exit_code != 0
+    assert said in result.output + str(result.exception)
+    assert not (tmp_path / "work").exists()
