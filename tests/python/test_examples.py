@@ -58,5 +58,5 @@ def test_readme_code_runs(tmp_path: Path) -> None:
     page = (ROOT / "README.md").read_text()
     [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     script = tmp_path / "readme.py"
-    script.write_text(program)
+    script.write_text(program.replace("/tmp/dualkv-readme", f"{tmp_path}/kv"))
     run(sys.executable, script, cwd=tmp_path)
