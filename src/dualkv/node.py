@@ -17,8 +17,8 @@ from dualkv.storage import (
     StagingPool,
     Store,
     check_options,
-    staging_options,
-    store_options,
+    to_staging_options,
+    to_store_options,
 )
 from dualkv.waiting import Notifier, Operation, until
 
@@ -304,8 +304,8 @@ class Node:
         self._core = _dualkv.Node(
             geometry,
             node,
-            _store_options(store, store_options or {}),
-            _staging_options(staging, staging_options or {}),
+            to_store_options(store, store_options or {}),
+            to_staging_options(staging, staging_options or {}),
         )
 
     @property
@@ -423,7 +423,3 @@ def _secret(secret: str | None, secret_file: str | pathlib.Path | None) -> str:
     if not text:
         raise invalid(f"node: secret_file {str(secret_file)!r} is empty")
     return text
-
-
-_store_options = store_options
-_staging_options = staging_options

@@ -44,7 +44,7 @@ def check_options(given: Mapping[str, Any], known: set[str], what: str) -> None:
         raise invalid(f"{what}: unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
 
 
-def store_options(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def to_store_options(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the store as the core takes them: sizes in bytes."""
     check_options(options, _STORE_OPTIONS, "store")
     out = {"root": root_of(url), **options}
@@ -55,7 +55,7 @@ def store_options(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def staging_options(size: int | str, options: Mapping[str, Any]) -> dict[str, Any]:
+def to_staging_options(size: int | str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the staging pool as the core takes them."""
     check_options(options, _STAGING_OPTIONS, "staging")
     return {"bytes": parse_size(size), **options}
@@ -87,7 +87,7 @@ class StagingPool:
     """
 
     def __init__(self, geometry: KvGeometry, size: int | str, **options: Any) -> None:
-        self._core = _dualkv.StagingPool(geometry, staging_options(size, options))
+        self._core = _dualkv.StagingPool(geometry, to_staging_options(size, options))
 
     def acquire(self, count: int) -> Acquisition:
         """Asks for slots, all or nothing, first come first served.
@@ -124,7 +124,7 @@ class Store:
     def __init__(
         self, url: str, geometry: KvGeometry, *, staging: "StagingPool | int | str" = "64MiB", **options: Any
     ) -> None:
-        checked = store_options(url, options)
+        checked = to_store_options(url, options)
         pool = staging if isinstance(staging, StagingPool) else StagingPool(geometry, staging)
         self._core = _dualkv.Store(geometry, checked, pool._core)
 
