@@ -59,6 +59,18 @@ struct Cache {
   py::object owners;
 };
 
+// Reads one entry of an options dict, if it is there.
+template <typename T>
+void field(const py::dict& options, const char* name, T& out) {
+  if (options.contains(name)) out = options[name].cast<T>();
+}
+
+// Unknown names have been refused by the Python side.
+StoreOptions to_store_options(const py::dict& options);
+StagingOptions to_staging_options(const py::dict& options);
+py::dict to_dict(const StoreStats& stats);
+py::dict to_dict(const StagingStats& stats);
+
 void register_values(py::module_& m);
 void register_storage(py::module_& m);
 void register_policy(py::module_& m);

@@ -3,21 +3,11 @@
 
 namespace dualkv::bindings {
 
-StoreOptions to_store_options(const py::dict& d);
-StagingOptions to_staging_options(const py::dict& d);
-py::dict to_dict(const StoreStats& s);
-py::dict staging_dict(const StagingStats& s);
-
 namespace {
 
 // One namespace of loopback:// names for the process: module state, not a C++ static.
 std::shared_ptr<LoopbackHub> hub_of(const py::module_& m) {
   return *m.attr("_loopback_hub").cast<py::capsule>().get_pointer<std::shared_ptr<LoopbackHub>>();
-}
-
-template <typename T>
-void field(const py::dict& options, const char* name, T& out) {
-  if (options.contains(name)) out = options[name].cast<T>();
 }
 
 NodeOptions to_node_options(const py::dict& d) {
@@ -84,7 +74,7 @@ py::dict to_dict(const NodeStats& s) {
   }
   py::dict out;
   out["store"] = bindings::to_dict(s.store);
-  out["staging"] = staging_dict(s.staging);
+  out["staging"] = bindings::to_dict(s.staging);
   out["links"] = links;
   out["loads_active"] = s.loads_active;
   out["loads_served"] = s.loads_served;

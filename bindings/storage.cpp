@@ -38,10 +38,7 @@ std::vector<Slot> to_slots(const std::vector<PySlot>& slots) {
   return out;
 }
 
-template <typename T>
-void field(const py::dict& options, const char* name, T& out) {
-  if (options.contains(name)) out = options[name].cast<T>();
-}
+}  // namespace
 
 py::dict to_dict(const StagingStats& s) {
   py::dict out;
@@ -54,8 +51,6 @@ py::dict to_dict(const StagingStats& s) {
   out["pages"] = s.pages;
   return out;
 }
-
-}  // namespace
 
 py::dict to_dict(const StoreStats& s) {
   py::dict out;
@@ -77,9 +72,6 @@ py::dict to_dict(const StoreStats& s) {
   return out;
 }
 
-py::dict staging_dict(const StagingStats& s) { return to_dict(s); }
-
-// Unknown names have been refused by the Python side.
 StoreOptions to_store_options(const py::dict& d) {
   StoreOptions o;
   field(d, "root", o.root);

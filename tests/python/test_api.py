@@ -148,7 +148,9 @@ def test_parse_size_refuses(text: Any) -> None:
 # --- paged caches
 
 
-def save_and_load(make_node: MakeNode, cache: dualkv.PagedKv, ids: list[int], keys: list[bytes], into: HostCache) -> None:
+def save_and_load(
+    make_node: MakeNode, cache: dualkv.PagedKv, ids: list[int], keys: list[bytes], into: HostCache
+) -> None:
     node = make_node()
     node.save(keys, cache, ids).wait(LONG_S)
     load = node.load(plan(dualkv.PrefillOnly(), keys, node), into=into.kv, block_ids=range(len(keys)))
@@ -311,7 +313,9 @@ def test_owners_live_as_long_as_the_cache(small: dualkv.KvGeometry) -> None:
 
 
 @pytest.mark.parametrize("kind", ["load", "grant", "send"])
-def test_owners_live_as_long_as_what_moves_their_bytes(make_node: MakeNode, small: dualkv.KvGeometry, kind: str) -> None:
+def test_owners_live_as_long_as_what_moves_their_bytes(
+    make_node: MakeNode, small: dualkv.KvGeometry, kind: str
+) -> None:
     arrays = [np.zeros((4, size), np.uint8) for size in LAYER_BYTES]
     watched = weakref.ref(arrays[0])
     kv = dualkv.PagedKv(small, arrays)
@@ -590,7 +594,9 @@ def nonsense_ranges() -> dict[str, list[tuple[str, int, int]]]:
 
 @pytest.mark.parametrize("what", nonsense_ranges())
 def test_a_plan_that_does_not_tile_is_refused(small: dualkv.KvGeometry, what: str) -> None:
-    ranges = [dualkv.PathRange(name, dualkv.Path.PREFILL, first, count) for name, first, count in nonsense_ranges()[what]]
+    ranges = [
+        dualkv.PathRange(name, dualkv.Path.PREFILL, first, count) for name, first, count in nonsense_ranges()[what]
+    ]
     refused(lambda: dualkv.Plan(keys=make_keys(small, 4), ranges=ranges))
 
 
@@ -669,7 +675,12 @@ def test_bad_loads_reserve_nothing(make_node: MakeNode, small: dualkv.KvGeometry
 
 @pytest.mark.parametrize(
     ("where", "name"),
-    [("node", "peer_silense_s"), ("store_options", "read_limitt"), ("staging_options", "hugepages"), ("faults", "eror_rate")],
+    [
+        ("node", "peer_silense_s"),
+        ("store_options", "read_limitt"),
+        ("staging_options", "hugepages"),
+        ("faults", "eror_rate"),
+    ],
 )
 def test_a_typo_is_refused_by_name(root: Path, small: dualkv.KvGeometry, where: str, name: str) -> None:
     options: dict[str, Any] = {
@@ -741,7 +752,9 @@ def test_secret_file(tmp_path: Path, make_node: MakeNode) -> None:
 
 
 @pytest.mark.parametrize("never", [float("inf"), 1e12], ids=str)
-def test_to_wait_for_ever_is_not_to_wait_for_nothing(make_node: MakeNode, small: dualkv.KvGeometry, never: float) -> None:
+def test_to_wait_for_ever_is_not_to_wait_for_nothing(
+    make_node: MakeNode, small: dualkv.KvGeometry, never: float
+) -> None:
     node = make_node()
     cache = filled(small, 3)
     node.save(make_keys(small, 3), cache.kv, range(3)).wait(never)

@@ -1,0 +1,272 @@
+// SocketLink: a link over stream sockets - one control channel and some channels a lane.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "transport/channel.h"
+#include "transport/handshake.h"
+#include "transport/transport.h"
+
+namespace dualkv {
+
+// Reads another process's memory. Returns bytes read, 0 on failure.
+inline std::uint64_t pull(pid_t pid, std::span<const iovec> local, std::span<const iovec> remote) {
+  const ssize_t got = process_vm_readv(pid, local.data(), local.size(), remote.data(), remote.size(), 0);
+  return got > 0 ? static_cast<std::uint64_t>(got) : 0;
+}
+
+// tcp sends Layer Blocks inline; shm sends references, and the receiver pulls the bytes. Progress thread only.
+class SocketLink : public Link, public ChannelOwner, public std::enable_shared_from_this<SocketLink> {
+ public:
+  SocketLink(Progress& progress, GrantTable& grants, LinkEvents& events, Scheme scheme, const TransportOptions& options,
+             std::string peer)
+      : progress_(progress),
+        grants_(grants),
+        events_(events),
+        scheme_(scheme),
+        options_(options),
+        peer_(std::move(peer)),
+        last_received_(Clock::now()) {}
+
+  // Adds a proven channel; true once the link is complete.
+  bool attach(const std::shared_ptr<Channel>& channel, ChannelRole role, pid_t pid) {
+    channel->set_owner(*this);
+    channel->set_proven();
+    channel->set_reading(false);
+    pid_ = pid;
+    if (role == ChannelRole::kControl) {
+      control_ = channel;
+    } else {
+      lanes_[static_cast<int>(role)].push_back(channel);
+    }
+    return control_ && lanes_[0].size() == options_.channels_per_lane && lanes_[1].size() == options_.channels_per_lane;
+  }
+
+  void start() {
+    open_ = true;
+    last_received_ = Clock::now();
+    events_.on_open(shared_from_this());
+    for_each_channel([](Channel& channel) { channel.set_reading(true); });
+  }
+
+  const std::string& peer() const override { return peer_; }
+  bool open() const override { return open_; }
+  Clock::time_point last_received() const override { return last_received_; }
+  std::uint64_t lane_bytes(Lane lane) const override { return lane_bytes_[static_cast<int>(lane)]; }
+
+  void send(std::span<const std::byte> message) override {
+    if (!open_) return;
+    control_->send(FrameType::kMessage, message);
+    if (control_->queued_bytes() > kMaxQueuedMessageBytes) close({Code::kPeerLost, 0, "the peer reads no messages"});
+  }
+
+  bool try_write(LayerWrite& write) override {
+    const std::uint64_t bytes = write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
+    std::uint64_t& in_flight = lane_bytes_[static_cast<int>(write.lane)];
+    // A single write may exceed the window, or a block larger than the window could never be sent.
+    if (!open_ || (in_flight > 0 && in_flight + bytes > options_.window_bytes)) return false;
+    auto& channels = lanes_[static_cast<int>(write.lane)];
+    const auto channel = std::min_element(channels.begin(), channels.end(), [](const auto& a, const auto& b) {
+      return a->queued_bytes() < b->queued_bytes();
+    });
+    in_flight += bytes;
+    (*channel)->send(frame_of(write));
+    pending_.emplace(write.id, Pending{std::move(write), bytes, *channel});
+    return true;
+  }
+
+  void withdraw(std::uint64_t owner) override {
+    for (auto item = pending_.begin(); item != pending_.end();) {
+      const Pending& pending = item->second;
+      if (pending.write.owner != owner) {
+        ++item;
+        continue;
+      }
+      pending.channel->withdraw(pending.write.id);
+      lane_bytes_[static_cast<int>(pending.write.lane)] -= pending.bytes;
+      item = pending_.erase(item);
+    }
+  }
+
+  void close(Status why) override {
+    if (closed_) return;
+    closed_ = true;
+    const bool was_open = std::exchange(open_, false);
+    for_each_channel([&](Channel& channel) { channel.close(why); });
+    if (!was_open) return;
+    // Posted, so that whoever closes a link is not called back in the middle of its own work.
+    progress_.post([self = shared_from_this(), why] {
+      self->pending_.clear();
+      self->events_.on_closed(*self, why);
+    });
+  }
+
+  LinkStats stats() const override {
+    LinkStats stats = stats_;
+    stats.peer = peer_;
+    stats.transport = to_string(scheme_);
+    stats.connected = open_;
+    return stats;
+  }
+
+  bool on_frame(Channel& channel, FrameType type, std::span<const std::byte> body) override {
+    last_received_ = Clock::now();
+    switch (type) {
+      case FrameType::kMessage:
+        if (&channel != control_.get()) return false;
+        events_.on_message(*this, body);
+        return true;
+      case FrameType::kWrite:
+      case FrameType::kWriteRef: return on_write(channel, type, body);
+      case FrameType::kWriteDone: return on_done(body);
+      default: return false;
+    }
+  }
+
+  void on_payload(Channel& channel, InboundWrite& write) override {
+    last_received_ = Clock::now();
+    const Outcome outcome = write.finish();
+    stats_.bytes_received += write.header().entries.size() * grants_.geometry().layer_bytes(write.header().layer);
+    stats_.writes_rejected += outcome.code == Code::kRefused;
+    stats_.writes_corrupt += outcome.code == Code::kCorrupt;
+    channel.send(FrameType::kWriteDone, encode_write_done({write.header().id, outcome.code}));
+  }
+
+  void on_channel_closed(Channel&, const Status& why, bool hostile) override {
+    if (hostile) events_.on_hostile();
+    close(why);
+  }
+
+ private:
+  struct Pending {
+    LayerWrite write;
+    std::uint64_t bytes;
+    std::shared_ptr<Channel> channel;
+  };
+
+  template <typename Visit>
+  void for_each_channel(Visit visit) {
+    if (control_) visit(*control_);
+    for (int lane = 0; lane < kLaneCount; ++lane) {
+      for (const auto& channel : lanes_[lane]) visit(*channel);
+    }
+  }
+
+  OutFrame frame_of(const LayerWrite& write) {
+    const bool inline_bytes = scheme_ == Scheme::kTcp;
+    WriteHeader header{write.id, write.grant, write.layer, inline_bytes ? 0 : write.blocks[0].extents, {}};
+    OutFrame frame;
+    frame.write_id = write.id;
+    for (const WriteBlock& block : write.blocks) {
+      header.entries.push_back({block.block, block.checksum, block.source});
+      if (!inline_bytes) continue;
+      for (std::uint32_t i = 0; i < block.extents; ++i) add_piece(frame, block.source[i]);
+    }
+    frame.head = encode_frame(inline_bytes ? FrameType::kWrite : FrameType::kWriteRef, encode_write(header));
+    stats_.bytes_sent[static_cast<int>(write.lane)] +=
+        write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
+    return frame;
+  }
+
+  // Adjacent blocks coalesce.
+  static void add_piece(OutFrame& frame, const Extent& extent) {
+    if (!frame.payload.empty()) {
+      iovec& last = frame.payload.back();
+      if (static_cast<std::byte*>(last.iov_base) + last.iov_len == extent.data) {
+        last.iov_len += extent.bytes;
+        return;
+      }
+    }
+    frame.payload.push_back({extent.data, extent.bytes});
+  }
+
+  bool on_write(Channel& channel, FrameType type, std::span<const std::byte> body) {
+    if (type != (scheme_ == Scheme::kTcp ? FrameType::kWrite : FrameType::kWriteRef)) return false;
+    auto header = decode_write(body, type, grants_.geometry());
+    if (!header) return false;
+    auto write = std::make_unique<InboundWrite>(grants_, peer_, std::move(*header));
+    if (type == FrameType::kWrite) {
+      channel.receive(std::move(write));
+    } else {
+      pull_all(*write);
+      on_payload(channel, *write);
+    }
+    return true;
+  }
+
+  void pull_all(InboundWrite& write) {
+    const std::uint64_t layer_bytes = grants_.geometry().layer_bytes(write.header().layer);
+    const std::uint64_t total = layer_bytes * write.header().entries.size();
+    while (write.bytes_left() > 0) {
+      std::array<iovec, InboundWrite::kMaxPieces> local, remote;
+      const std::size_t locals = write.next(local);
+      std::uint64_t wanted = 0;
+      for (std::size_t i = 0; i < locals; ++i) wanted += local[i].iov_len;
+      const std::size_t remotes = sources(write.header(), total - write.bytes_left(), wanted, layer_bytes, remote);
+      const std::uint64_t got =
+          pull(pid_, std::span<const iovec>(local).first(locals), std::span<const iovec>(remote).first(remotes));
+      if (got == 0) return write.give_up();
+      write.advance(got);
+    }
+  }
+
+  // The sender's extents of bytes [at, at + wanted) of a write.
+  static std::size_t sources(const WriteHeader& header, std::uint64_t at, std::uint64_t wanted,
+                             std::uint64_t layer_bytes, std::span<iovec> out) {
+    std::size_t count = 0;
+    while (wanted > 0 && count < out.size() && at / layer_bytes < header.entries.size()) {
+      const WriteEntry& entry = header.entries[at / layer_bytes];
+      std::uint64_t skip = at % layer_bytes;
+      for (std::uint32_t i = 0; i < header.extents && wanted > 0 && count < out.size(); ++i) {
+        const Extent& extent = entry.source[i];
+        const std::uint64_t passed = std::min(skip, extent.bytes);
+        skip -= passed;
+        const std::uint64_t bytes = std::min(extent.bytes - passed, wanted);
+        if (bytes == 0) continue;
+        out[count++] = {extent.data + passed, bytes};
+        at += bytes;
+        wanted -= bytes;
+      }
+    }
+    return count;
+  }
+
+  bool on_done(std::span<const std::byte> body) {
+    const auto done = decode_write_done(body);
+    if (!done) return false;
+    const auto node = pending_.extract(done->id);
+    if (node.empty()) return true;  // withdrawn
+    lane_bytes_[static_cast<int>(node.mapped().write.lane)] -= node.mapped().bytes;
+    events_.on_write_done(*this, done->id, {done->code, 0});
+    return true;
+  }
+
+  static constexpr std::uint64_t kMaxQueuedMessageBytes = 16u << 20;  // a peer that reads nothing is lost
+
+  Progress& progress_;
+  GrantTable& grants_;
+  LinkEvents& events_;
+  const Scheme scheme_;
+  const TransportOptions options_;
+  const std::string peer_;
+  std::shared_ptr<Channel> control_;
+  std::vector<std::shared_ptr<Channel>> lanes_[kLaneCount];
+  pid_t pid_ = 0;
+  bool open_ = false;
+  bool closed_ = false;
+  Clock::time_point last_received_;
+  std::unordered_map<std::uint64_t, Pending> pending_;
+  std::uint64_t lane_bytes_[kLaneCount] = {0, 0};
+  LinkStats stats_;
+};
+
+}  // namespace dualkv
