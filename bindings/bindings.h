@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "dualkv/keys.h"
@@ -47,6 +48,9 @@ inline std::vector<std::uint32_t> to_ids(const Ids& ids) {
 // None waits for ever.
 inline Clock::time_point until(std::optional<double> timeout_s) {
   if (!timeout_s) return Clock::time_point::max();
+  // More would overflow the clock; three years are as good as for ever.
+  constexpr double kLongestSeconds = 1e8;
+  if (!(*timeout_s < kLongestSeconds)) timeout_s = kLongestSeconds;
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(*timeout_s));
 }
 inline void raise_if_failed(const Status& status) {
@@ -62,7 +66,14 @@ struct Cache {
 // Reads one entry of an options dict, if it is there.
 template <typename T>
 void field(const py::dict& options, const char* name, T& out) {
-  if (options.contains(name)) out = options[name].cast<T>();
+  if (!options.contains(name)) return;
+  try {
+    out = options[name].cast<T>();
+  } catch (const py::cast_error&) {
+    throw Error(Code::kInvalidArgument, std::string("option ") + name + " = " +
+                                            py::repr(options[name]).cast<std::string>() +
+                                            ": wrong type, or out of range");
+  }
 }
 
 // Unknown names have been refused by the Python side.

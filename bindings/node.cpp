@@ -113,8 +113,14 @@ void register_node(py::module_& m) {
              const py::gil_scoped_release release;
              i.copy_to(*target.kv, blocks);
            })
-      .def("save", [](const Incoming& i, const std::vector<py::bytes>& keys, std::uint32_t first_block,
-                      const py::bytes& parent) { return i.save(to_keys(keys), first_block, to_parent(parent)); })
+      .def("save",
+           [](const Incoming& i, const std::vector<py::bytes>& keys, std::uint32_t first_block,
+              const py::bytes& parent) {
+             const std::vector<Key> names = to_keys(keys);
+             const Key before = to_parent(parent);
+             const py::gil_scoped_release release;
+             return i.save(names, first_block, before);
+           })
       .def("close", &Incoming::close, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Grant>(m, "Grant", py::release_gil_before_calling_cpp_dtor())
@@ -126,21 +132,15 @@ void register_node(py::module_& m) {
       .def_property_readonly("name", &Peer::name)
       .def_property_readonly("connected", &Peer::connected)
       .def("view", &Peer::view)
-      .def(
-          "send_layers",
-          [](const Peer& p, std::uint64_t grant, const Cache& source, const Ids& ids, std::uint32_t first_block,
-             std::uint32_t first_layer, std::uint32_t layer_count, bool high, double deadline_s) {
-            SendRequest request{grant,
-                                source.kv,
-                                to_ids(ids),
-                                first_block,
-                                {first_layer, layer_count},
-                                high ? Lane::kHigh : Lane::kLow,
-                                deadline_s};
-            const py::gil_scoped_release release;
-            return p.send_layers(std::move(request));
-          },
-          py::keep_alive<0, 3>());
+      .def("send_layers", [](const Peer& p, std::uint64_t grant, const Cache& source, const Ids& ids,
+                             std::uint32_t first_block, std::uint32_t first_layer, std::uint32_t layer_count, bool high,
+                             double deadline_s) {
+        SendRequest request{
+            grant,     source.kv, to_ids(ids), first_block, {first_layer, layer_count}, high ? Lane::kHigh : Lane::kLow,
+            deadline_s};
+        const py::gil_scoped_release release;
+        return p.send_layers(std::move(request));
+      });
 
   py::class_<Node>(m, "Node", py::release_gil_before_calling_cpp_dtor())
       .def(py::init(
@@ -159,23 +159,19 @@ void register_node(py::module_& m) {
       .def("connect", &Node::connect, py::call_guard<py::gil_scoped_release>())
       .def("peer", &Node::peer)
       .def("view", &Node::view)
-      .def(
-          "load",
-          [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window) {
-            LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window};
-            const py::gil_scoped_release release;
-            return n.load(std::move(request));
-          },
-          py::keep_alive<0, 3>())
+      .def("load",
+           [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window) {
+             LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window};
+             const py::gil_scoped_release release;
+             return n.load(std::move(request));
+           })
       .def("incoming", &Node::incoming, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "grant",
-          [](Node& n, const std::string& peer, const Cache& into, const Ids& ids, double deadline_s) {
-            std::vector<std::uint32_t> blocks = to_ids(ids);
-            const py::gil_scoped_release release;
-            return n.grant(peer, into.kv, std::move(blocks), deadline_s);
-          },
-          py::keep_alive<0, 3>())
+      .def("grant",
+           [](Node& n, const std::string& peer, const Cache& into, const Ids& ids, double deadline_s) {
+             std::vector<std::uint32_t> blocks = to_ids(ids);
+             const py::gil_scoped_release release;
+             return n.grant(peer, into.kv, std::move(blocks), deadline_s);
+           })
       .def("stats",
            [](const Node& n) {
              NodeStats stats;

@@ -128,7 +128,9 @@ void register_storage(py::module_& m) {
 
   py::class_<StagingPool>(m, "StagingPool")
       .def(py::init([](const KvGeometry& geometry, const py::dict& options) {
-        return StagingPool(geometry, to_staging_options(options));
+        const StagingOptions o = to_staging_options(options);
+        const py::gil_scoped_release release;
+        return std::make_unique<StagingPool>(geometry, o);
       }))
       .def_property_readonly("slot_bytes", &StagingPool::slot_bytes)
       .def("acquire", &acquire)
@@ -148,7 +150,12 @@ void register_storage(py::module_& m) {
              const py::gil_scoped_release release;
              return s.match(wanted);
            })
-      .def("contains", [](Store& s, const py::bytes& key) { return s.contains(to_key(key)); })
+      .def("contains",
+           [](Store& s, const py::bytes& key) {
+             const Key name = to_key(key);
+             const py::gil_scoped_release release;
+             return s.contains(name);
+           })
       .def("read",
            [](Store& s, const std::vector<py::bytes>& keys, const std::vector<PySlot>& slots, std::uint32_t first,
               std::uint32_t count,
@@ -164,10 +171,24 @@ void register_storage(py::module_& m) {
            })
       .def("save_slots",
            [](Store& s, const std::vector<py::bytes>& keys, const std::vector<PySlot>& slots, const py::bytes& parent) {
-             return s.save_slots(to_keys(keys), to_slots(slots), to_parent(parent));
+             const std::vector<Key> names = to_keys(keys);
+             const std::vector<Slot> images = to_slots(slots);
+             const Key before = to_parent(parent);
+             const py::gil_scoped_release release;
+             return s.save_slots(names, images, before);
            })
-      .def("remove", [](Store& s, const py::bytes& key) { return s.remove(to_key(key)); })
-      .def("quarantine", [](Store& s, const py::bytes& key) { return s.quarantine(to_key(key)); })
+      .def("remove",
+           [](Store& s, const py::bytes& key) {
+             const Key name = to_key(key);
+             const py::gil_scoped_release release;
+             return s.remove(name);
+           })
+      .def("quarantine",
+           [](Store& s, const py::bytes& key) {
+             const Key name = to_key(key);
+             const py::gil_scoped_release release;
+             return s.quarantine(name);
+           })
       .def("verify",
            [](Store& s) {
              VerifyReport report;

@@ -105,6 +105,7 @@ void register_values(py::module_& m) {
 
   py::class_<Milestones, std::shared_ptr<Milestones>>(m, "Milestones")
       .def(py::init<std::uint32_t>())
+      .def_property_readonly("count", &Milestones::count)
       .def("reached", &Milestones::reached)
       .def("ended", &Milestones::ended)
       .def("reach", &Milestones::reach)

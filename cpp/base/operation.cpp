@@ -31,7 +31,12 @@ std::vector<std::uint64_t> Notifier::drain() {
 
 Milestones::Milestones(std::uint32_t count) : count_(count), reached_(count, false) {}
 
-bool Milestones::ended_locked(std::uint32_t milestone) const { return reached_[milestone] || !failure_.ok(); }
+bool Milestones::ended_locked(std::uint32_t milestone) const {
+  if (milestone >= count_) {
+    throw Error(Code::kInvalidArgument, "milestone " + std::to_string(milestone) + " of " + std::to_string(count_));
+  }
+  return reached_[milestone] || !failure_.ok();
+}
 
 void Milestones::announce_locked() {
   std::erase_if(subscriptions_, [&](Subscription& s) {
@@ -59,7 +64,7 @@ void Milestones::fail(Status status) {
 
 bool Milestones::reached(std::uint32_t milestone) const {
   const std::lock_guard lock(mutex_);
-  return reached_.at(milestone);
+  return ended_locked(milestone) && reached_[milestone];
 }
 
 bool Milestones::ended(std::uint32_t milestone) const {

@@ -187,6 +187,7 @@ void LoadTask::read_here(std::uint32_t block) { reads_->add(block, request_.plan
 void LoadTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result) {
   if (ended_) return;
   if (!result.outcome.ok()) {
+    blocks_[block].corrupt_in_storage |= result.outcome.code == Code::kCorrupt;
     if (blocks_[block].source == 0) {
       take_over(0, {block}, {result.outcome.code, result.outcome.os_errno, result.reason});
     }
@@ -263,7 +264,7 @@ void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blo
       const bool unreadable = why.code == Code::kNotFound || why.code == Code::kCorrupt || why.code == Code::kIo;
       if (unreadable) directory.forget(request_.plan.keys[block]);
       // No side could read it right: out of the way, for every node, so that the next save heals it.
-      if (why.code == Code::kCorrupt) directory.quarantine(request_.plan.keys[block]);
+      if (state.corrupt_in_storage) directory.quarantine(request_.plan.keys[block]);
       return fail({why.code, why.os_errno,
                    text("load: block ", block, " (", request_.plan.keys[block].hex(), ") at '", sources_[from]->name,
                         "': ", why.message, "; no other node is left to read it")});
@@ -307,6 +308,7 @@ void LoadTask::on_blocks_failed(Link& link, const BlocksFailed& message) {
     if (source->link.get() != &link) continue;
     std::vector<std::uint32_t> blocks = message.blocks;
     std::erase_if(blocks, [this](std::uint32_t block) { return block >= hit_; });
+    for (std::uint32_t block : blocks) blocks_[block].corrupt_in_storage |= message.code == Code::kCorrupt;
     return take_over(source->index, blocks, {message.code, message.os_errno, message.why});
   }
 }

@@ -62,6 +62,7 @@ class LoadTask : public NodeTask, public std::enable_shared_from_this<LoadTask> 
     std::uint16_t source = 0;
     std::uint32_t tried = 0;  // bit a source
     std::uint32_t layers_left = 0;
+    bool corrupt_in_storage = false;  // a side's storage read found it so, not a transfer
   };
 
   LoadTask(NodeState& node, LoadRequest request);

@@ -11,6 +11,7 @@ namespace dualkv {
 
 namespace {
 
+constexpr std::uint32_t kMaxPromptBlocks = 1u << 24;  // as many as a staging pool can have slots
 constexpr auto kTick = std::chrono::milliseconds(20);
 constexpr double kFirstRedialPause = 0.1;
 
@@ -50,6 +51,9 @@ const Status kClosing{Code::kCancelled, 0, "the node is closed"};
 }  // namespace
 
 Clock::duration seconds(double value) {
+  // A day is the longest any call may take (docs/settings.md); more, or not a number, must not overflow the clock.
+  constexpr double kLongestSeconds = 86400;
+  if (!(value < kLongestSeconds)) value = kLongestSeconds;
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
 }
 
@@ -442,7 +446,8 @@ void NodeState::handle(Link& link, const OpenLoad& message) {
   const auto waiting = incomings_.find(message.load);
   const bool taken = serves_.contains(key) || (waiting != incomings_.end() && waiting->second->attached());
   const bool valid = message.layers_per_read >= 1 && message.layers_per_read <= geometry_.layers() &&
-                     message.credit_layers <= geometry_.layers() && message.time_left_us <= 86'400'000'000;
+                     message.credit_layers <= geometry_.layers() && message.time_left_us <= 86'400'000'000 &&
+                     message.prompt_blocks <= kMaxPromptBlocks;
   if (taken || !valid || serves_.size() >= options_.max_loads) {
     const Code code = taken || !valid ? Code::kInvalidArgument : Code::kNoSpace;
     return send(link, CloseLoad{message.load, code,

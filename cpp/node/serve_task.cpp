@@ -92,7 +92,8 @@ ServeTask::ServeTask(NodeState& node, std::shared_ptr<Link> link, const OpenLoad
       link_(std::move(link)),
       open_(open),
       layers_(node.geometry().layers()),
-      credit_(open.credit_layers) {}
+      credit_(open.credit_layers),
+      asked_(open.prompt_blocks) {}
 
 ServeTask::~ServeTask() = default;
 
@@ -131,7 +132,8 @@ void ServeTask::on_reserved(std::vector<Slot> slots) {
 void ServeTask::read(const ReadBlocks& message) {
   if (ended_) return;
   for (const BlockToRead& block : message.blocks) {
-    if (block.block >= open_.prompt_blocks) continue;
+    if (block.block >= open_.prompt_blocks || asked_[block.block]) continue;
+    asked_[block.block] = true;
     if (open_.decode && !reserved_) {
       waiting_.push_back(block);
     } else {
@@ -220,7 +222,9 @@ void ServeTask::mark(std::uint32_t layer, std::uint32_t block) {
 void ServeTask::on_peer_closed(const CloseLoad& message) {
   const Status why{message.code == Code::kOk ? Code::kCancelled : message.code, 0,
                    message.why.empty() ? "the prefill node ended the load" : message.why};
+  const auto incoming = incoming_;
   end(why, /*tell=*/false);
+  if (incoming && message.code != Code::kOk) incoming->abandoned(why);
 }
 
 void ServeTask::cancel() { end({Code::kCancelled, 0, "the decode engine gave the load up"}, /*tell=*/true); }

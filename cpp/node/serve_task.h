@@ -36,6 +36,10 @@ class IncomingTask : public NodeTask, public std::enable_shared_from_this<Incomi
   // The whole prompt is in `slots`.
   void complete(std::vector<Slot> slots);
   void fail(const Status& why);
+  // The prefill node cancelled: of use only to an engine that has it already.
+  void abandoned(const Status& why) {
+    if (!complete_ || !claimed_) fail(why);
+  }
   // The engine is done with it.
   void close();
   void on_link_closed(Link&, const Status&) override {}
@@ -96,6 +100,7 @@ class ServeTask : public NodeTask, public GrantSink, public std::enable_shared_f
   Progress::TimerId timer_ = 0;
   bool ended_ = false;
   bool reserved_ = false;
+  std::vector<bool> asked_;  // blocks this side was asked to read: once each
   // Decode only.
   std::shared_ptr<IncomingTask> incoming_;
   std::uint64_t grant_ = 0;

@@ -70,7 +70,8 @@ void GrantTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t b
 }
 
 void GrantTask::on_link_closed(Link& link, const Status& why) {
-  if (link.peer() == peer_) end({Code::kPeerLost, why.os_errno, text("node '", peer_, "': ", why.message)});
+  if (link.peer() == peer_ && !node_.find_link(peer_))
+    end({Code::kPeerLost, why.os_errno, text("node '", peer_, "': ", why.message)});
 }
 
 std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& peer, SendRequest request) {

@@ -133,6 +133,7 @@ void StoreState::listen() {
 }
 
 void StoreState::close() {
+  closed_ = true;
   pool_.on_free(nullptr);
   progress_->run([this] {
     if (reads_) reads_->close();
@@ -210,6 +211,10 @@ struct ReadCall {
   Progress::TimerId deadline = 0;
 };
 
+void check_open(const StoreState& store) {
+  if (store.closed()) throw Error(Code::kCancelled, "the store is closed");
+}
+
 void check_slots(const StagingPool& pool, std::span<const Slot> slots) {
   const auto memory = pool.memory();
   for (const Slot& slot : slots) {
@@ -232,6 +237,7 @@ void finish_one(StoreState& store, const std::shared_ptr<ReadCall>& call, const 
 
 Operation Store::read(std::span<const Key> keys, std::span<const Slot> slots, LayerRange layers,
                       Clock::time_point deadline) {
+  check_open(*state_);
   require(keys.size() == slots.size(), text("store: ", keys.size(), " keys and ", slots.size(), " slots"));
   require(layers.count >= 1 && std::uint64_t{layers.first} + layers.count <= geometry().layers(),
           text("store: layers ", layers.first, " + ", layers.count, " of ", geometry().layers()));
@@ -310,6 +316,7 @@ void gather_block(const KvGeometry& geometry, const PagedKv& source, std::uint32
 
 Operation Store::save(std::span<const Key> keys, const PagedKv& source, std::span<const std::uint32_t> block_ids,
                       const Key& parent, Clock::time_point deadline) {
+  check_open(*state_);
   require(keys.size() == block_ids.size(), text("save: ", keys.size(), " keys and ", block_ids.size(), " block ids"));
   require(source.layers() == geometry().layers(), "save: the cache has another number of layers");
   for (std::uint32_t id : block_ids) {
@@ -330,6 +337,7 @@ Operation Store::save(std::span<const Key> keys, const PagedKv& source, std::spa
 }
 
 Operation Store::save_slots(std::span<const Key> keys, std::span<const Slot> slots, const Key& parent) {
+  check_open(*state_);
   require(keys.size() == slots.size(), text("save: ", keys.size(), " keys and ", slots.size(), " slots"));
   check_slots(pool(), slots);
   const auto call = std::make_shared<SaveCall>();

@@ -1,6 +1,7 @@
 // StoreState: what stands behind a Store - directory, read queue, writer - and the inside view a Node uses.
 #pragma once
 
+#include <atomic>
 #include <memory>
 
 #include "base/fallbacks.h"
@@ -27,6 +28,7 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
   void listen();
   // Ends the read queue on the progress thread. Idempotent; also done by the destructor.
   void close();
+  bool closed() const { return closed_; }
 
   Progress& progress() { return *progress_; }
   ReadQueue& reads() { return *reads_; }
@@ -49,6 +51,7 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
   FileAccess access_;
   std::string backend_;
   bool registered_ = false;
+  std::atomic<bool> closed_{false};
   std::shared_ptr<ReadQueue> reads_;
   std::unique_ptr<BlockWriter> writer_;
 };

@@ -120,11 +120,9 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
 
   bool on_frame(Channel& channel, FrameType type, std::span<const std::byte> body) override {
     last_received_ = Clock::now();
+    if ((type == FrameType::kMessage) != (&channel == control_.get())) return false;
     switch (type) {
-      case FrameType::kMessage:
-        if (&channel != control_.get()) return false;
-        events_.on_message(*this, body);
-        return true;
+      case FrameType::kMessage: events_.on_message(*this, body); return true;
       case FrameType::kWrite:
       case FrameType::kWriteRef: return on_write(channel, type, body);
       case FrameType::kWriteDone: return on_done(body);

@@ -124,11 +124,21 @@ Fd make_socket(const Address& address) {
   return fd;
 }
 
+// A process that was killed leaves its socket file behind; nobody answers there any more.
+void remove_dead_socket(const Address& address) {
+  const Fd probe = make_socket(address);
+  const auto* target = reinterpret_cast<const sockaddr*>(&address.socket);
+  if (::connect(probe.get(), target, address.socket_bytes) != 0 && errno == ECONNREFUSED) {
+    unlink(reinterpret_cast<const sockaddr_un&>(address.socket).sun_path);
+  }
+}
+
 std::string SocketTransport::listen(const Address& address) {
   Fd fd = make_socket(address);
   const auto* target = reinterpret_cast<const sockaddr*>(&address.socket);
   const int one = 1;
   if (scheme_ == Scheme::kTcp) setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+  if (scheme_ == Scheme::kShm) remove_dead_socket(address);
   if (bind(fd.get(), target, address.socket_bytes) != 0 || ::listen(fd.get(), 128) != 0) {
     throw Error(Code::kIo, text("cannot listen on '", address.text, "'; is it taken, or the socket's folder missing?"),
                 errno);

@@ -35,16 +35,18 @@ class KvGeometry(_dualkv.KvGeometry):
         namespace: str,
         layers: int | None = None,
     ) -> None:
-        if isinstance(layer_bytes, int):
+        if not isinstance(layer_bytes, Sequence):
             if layers is None:
                 raise invalid("geometry: give layers, or layer_bytes as one number a layer")
-            sizes = [layer_bytes] * layers
+            sizes = [int(layer_bytes)] * min(layers, 100_000)  # the core says what is too many
         else:
-            sizes = list(layer_bytes)
+            sizes = [int(size) for size in layer_bytes]
             if layers is not None and layers != len(sizes):
                 raise invalid(f"geometry: layers = {layers}, but layer_bytes has {len(sizes)}")
         if any(size < 1 for size in sizes):
             raise invalid(f"geometry: layer_bytes = {min(sizes)}: must be at least 1")
+        if not 0 <= tokens_per_block < 2**32:
+            raise invalid(f"geometry: tokens_per_block = {tokens_per_block}: must be 1 to 65536")
         super().__init__(sizes, tokens_per_block, namespace)
 
     def __hash__(self) -> int:

@@ -4,13 +4,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from dualkv import _dualkv
 from dualkv.errors import Error, invalid
 from dualkv.geometry import KvGeometry
-from dualkv.paged import PagedKv
+from dualkv.paged import PagedKv, block_ids_array
 from dualkv.policy import NodeView
 from dualkv.sizes import parse_size
 from dualkv.storage import (
@@ -40,13 +39,6 @@ _NODE_OPTIONS = {
 }
 
 
-def _ids(block_ids: ArrayLike) -> "np.ndarray[Any, np.dtype[np.uint32]]":
-    array = np.asarray(block_ids)
-    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= 2**32):
-        raise invalid(f"block ids: integers from 0 to 2**32 - 1 are needed, got {array.dtype}")
-    return array.astype(np.uint32, copy=False)
-
-
 class Load:
     """A load in progress on the prefill node. Dropping it cancels it.
 
@@ -54,8 +46,10 @@ class Load:
     that was saved. Ends, well or not, by its deadline.
     """
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Any, cache: PagedKv) -> None:
+        # The order matters: the core ends before the memory it borrows.
         self._core = core
+        self._cache = cache
         self._milestones = core.milestones
 
     @property
@@ -160,7 +154,7 @@ class Incoming:
 
     def copy_to(self, cache: PagedKv, block_ids: ArrayLike) -> None:
         """Copies block ``i`` of the prompt to ``block_ids[i]``. Blocks; releases the GIL."""
-        self._core.copy_to(cache, _ids(block_ids))
+        self._core.copy_to(cache, block_ids_array(block_ids))
 
     def save(self, keys: Sequence[bytes], *, first_block: int, parent: bytes = b"") -> Operation:
         """Saves blocks from staging, without a copy; those stored already are skipped."""
@@ -180,8 +174,10 @@ class Incoming:
 class Grant:
     """The right of one peer to write into a cache, for a time. Dropping it revokes it."""
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Any, cache: PagedKv) -> None:
+        # The order matters: the core ends before the memory it borrows.
         self._core = core
+        self._cache = cache
         self._milestones = core.milestones
 
     @property
@@ -189,13 +185,22 @@ class Grant:
         """What the sender passes to :meth:`Peer.send_layers`; unguessable."""
         return int(self._core.id)
 
+    def _layer(self, layer: int) -> int:
+        if not 0 <= layer < self._milestones.count:
+            raise invalid(f"layer {layer} of {self._milestones.count}")
+        return layer
+
     def wait(self, layer: int, timeout_s: float | None = None) -> None:
         """Blocks until every block of the layer has arrived and is right."""
-        self._milestones.wait(layer, timeout_s)
+        self._milestones.wait(self._layer(layer), timeout_s)
 
     async def layer(self, layer: int) -> None:
         """The awaitable form of :meth:`wait`."""
-        await until(self._milestones, layer)
+        await until(self._milestones, self._layer(layer))
+
+    def notify(self, layer: int, notifier: Notifier, token: int) -> None:
+        """Puts ``token`` on the notifier when the layer has arrived or the grant has ended."""
+        self._milestones.notify(self._layer(layer), notifier, token)
 
     def revoke(self) -> None:
         """Ends the right. When it returns, nothing writes there any more."""
@@ -251,7 +256,7 @@ class Peer:
             raise invalid(f"lane {lane!r}: must be 'low' or 'high'")
         first, count = layers if layers is not None else (0, self._layers)
         core = self._core.send_layers(
-            grant, source, _ids(block_ids), first_block, first, count, lane == "high", deadline_s
+            grant, source, block_ids_array(block_ids), first_block, first, count, lane == "high", deadline_s
         )
         return Operation(core, source)
 
@@ -371,7 +376,7 @@ class Node:
             Error: ``invalid_argument``, ``peer_lost``, ``no_space`` (the decode node's staging can't hold the
                 prompt): nothing was reserved.
         """
-        return Load(self._core.load(plan, into, _ids(block_ids), deadline_s, window_layers))
+        return Load(self._core.load(plan, into, block_ids_array(block_ids), deadline_s, window_layers), into)
 
     def incoming(self, load_id: int, deadline_s: float = 30) -> Incoming:
         """The hand-over of a load to this node, also before the prefill node has begun it. Returns at once.
@@ -382,7 +387,7 @@ class Node:
 
     def grant(self, peer: str, into: PagedKv, block_ids: ArrayLike, *, deadline_s: float = 30) -> Grant:
         """Lets ``peer`` write blocks 0..n-1 of every layer to ``block_ids`` of ``into``."""
-        return Grant(self._core.grant(peer, into, _ids(block_ids), deadline_s))
+        return Grant(self._core.grant(peer, into, block_ids_array(block_ids), deadline_s), into)
 
     def save(
         self,

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dualkv import _dualkv
-from dualkv.errors import invalid
+from dualkv.errors import Error, invalid
 from dualkv.geometry import KvGeometry
 
 _MAX_PLANES = 4
@@ -29,7 +30,8 @@ class PagedKv(_dualkv.PagedKv):
     """
 
     def __init__(self, geometry: KvGeometry, layers: Sequence[Any]) -> None:
-        planes = [_planes_of(i, layer) for i, layer in enumerate(layers)]
+        arrays = [_arrays_of(i, layer) for i, layer in enumerate(layers)]
+        planes = [[_plane_of(i, array) for array in layer] for i, layer in enumerate(arrays)]
         counts = {count for layer in planes for *_, count in layer}
         if len(counts) != 1:
             raise invalid(f"KV cache: planes have {sorted(counts)} blocks; they must have equally many")
@@ -37,31 +39,58 @@ class PagedKv(_dualkv.PagedKv):
         for i, layer in enumerate(planes):
             for j, (pointer, stride, size, _) in enumerate(layer):
                 table[i, j] = pointer, stride, size
-        super().__init__(geometry, table, counts.pop(), list(layers))
+        super().__init__(geometry, table, counts.pop(), arrays)
 
 
-def _planes_of(index: int, layer: Any) -> list[tuple[int, int, int, int]]:
-    arrays = layer if isinstance(layer, list | tuple) else [layer]
+def block_ids_array(block_ids: ArrayLike) -> "np.ndarray[Any, np.dtype[np.uint32]]":
+    """Block ids as the core takes them. Raises Error for anything but integers in range."""
+    try:
+        array = np.asarray(block_ids)
+    except ValueError as error:
+        raise invalid(f"block ids: {error}") from error
+    if array.size == 0:
+        return np.zeros(0, dtype=np.uint32)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= 2**32:
+        raise invalid(
+            f"block ids: a flat list of integers from 0 to 2**32 - 1 is needed, got {array.dtype} {array.shape}"
+        )
+    return array.astype(np.uint32, copy=False)
+
+
+def _arrays_of(index: int, layer: Any) -> list[Any]:
+    arrays = list(layer) if isinstance(layer, list | tuple) else [layer]
     if not 1 <= len(arrays) <= _MAX_PLANES:
         raise invalid(f"KV cache, layer {index}: {len(arrays)} planes; 1 to {_MAX_PLANES} are possible")
-    return [_plane_of(index, array) for array in arrays]
+    return arrays
+
+
+def _view_of(index: int, array: Any) -> "np.ndarray[Any, Any]":
+    """The array's own memory as numpy sees it; never a copy, whose pointer would dangle."""
+    if not hasattr(array, "__array_interface__"):
+        try:
+            array = memoryview(array)
+        except TypeError:
+            if not hasattr(array, "__dlpack__"):
+                raise invalid(
+                    f"KV cache, layer {index}: {type(array).__name__} offers no buffer, __array_interface__ or DLPack"
+                ) from None
+            return np.from_dlpack(array)
+    return np.asarray(array)
 
 
 def _plane_of(index: int, array: Any) -> tuple[int, int, int, int]:
     """(pointer, block stride, bytes of a block, blocks) of one plane."""
     if hasattr(array, "data_ptr"):  # a torch tensor, without importing torch
         if array.device.type != "cpu":
-            from dualkv.errors import Error
-
             raise Error(f"KV cache, layer {index}: memory of {array.device} is not supported yet", "unsupported")
         item = array.element_size()
         pointer, shape, strides = array.data_ptr(), tuple(array.shape), [s * item for s in array.stride()]
     else:
-        view = np.from_dlpack(array) if hasattr(array, "__dlpack__") and not _has_buffer(array) else np.asarray(array)
+        view = _view_of(index, array)
         if not view.flags.writeable:
             raise invalid(f"KV cache, layer {index}: the array is read-only")
-        if not np.shares_memory(view, np.asarray(array)) if _has_buffer(array) else False:
-            raise invalid(f"KV cache, layer {index}: {type(array).__name__} can't be used without a copy")
+        if view.dtype.hasobject:
+            raise invalid(f"KV cache, layer {index}: an array of Python objects holds no KV")
         item = view.itemsize
         pointer, shape, strides = view.ctypes.data, view.shape, list(view.strides)
     if len(shape) < 2 or shape[0] < 1:
@@ -76,13 +105,3 @@ def _plane_of(index: int, array: Any) -> tuple[int, int, int, int]:
     if strides[0] < 0:
         raise invalid(f"KV cache, layer {index}: negative block stride {strides[0]}")
     return pointer, strides[0], expected, shape[0]
-
-
-def _has_buffer(array: Any) -> bool:
-    if hasattr(array, "__array_interface__"):
-        return True
-    try:
-        memoryview(array)
-    except TypeError:
-        return False
-    return True

@@ -1,5 +1,6 @@
 """Sizes with units, as people write them."""
 
+import decimal
 import re
 
 from dualkv.errors import invalid
@@ -20,12 +21,14 @@ _UNITS = {
 
 def parse_size(size: int | str) -> int:
     """Bytes of ``8 * 2**20``, ``"8MiB"``, ``"200MB"`` (or, of a rate, ``"200MB/s"``)."""
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)(?:/s)?\s*", str(size))
+    text = str(int(size)) if isinstance(size, int) and not isinstance(size, bool) else str(size)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)(?:/s)?\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
-        raise invalid(f"size {size!r}: give bytes or a number with a unit, like 64MiB or 200MB")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
+        raise invalid(f"size {text[:40]!r}: give bytes or a number with a unit, like 64MiB or 200MB")
+    count = round(decimal.Decimal(match[1]) * _UNITS[match[2].upper()])
+    if count >= 2**63:
+        raise invalid(f"size {text!r}: must be less than 2**63 bytes")
+    return count
 
 
 def format_size(size: float) -> str:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from dualkv import _dualkv
 from dualkv.errors import Error, invalid
 from dualkv.geometry import KvGeometry
-from dualkv.paged import PagedKv
+from dualkv.paged import PagedKv, block_ids_array
 from dualkv.sizes import parse_size
 from dualkv.waiting import Operation
 
@@ -163,7 +162,7 @@ class Store:
                 is done with them.
         """
         first, count = layers if layers is not None else (0, self._core.geometry.layers)
-        return Operation(self._core.read(list(keys), list(slots), first, count, deadline_s), list(slots))
+        return Operation(self._core.read(list(keys), list(slots), first, count, deadline_s))
 
     def save(
         self,
@@ -182,8 +181,7 @@ class Store:
         Args:
             parent: the key before ``keys[0]`` in its chain.
         """
-        ids = np.asarray(block_ids, dtype=np.uint32)
-        return Operation(self._core.save(list(keys), source, ids, parent, deadline_s))
+        return Operation(self._core.save(list(keys), source, block_ids_array(block_ids), parent, deadline_s))
 
     def save_slots(self, keys: Sequence[bytes], slots: Sequence[Any], *, parent: bytes = b"") -> Operation:
         """Saves Full Blocks that lie in slots, without a copy."""

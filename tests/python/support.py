@@ -103,7 +103,7 @@ def error_of(call: Callable[[], Any]) -> dualkv.Error | None:
     try:
         call()
     except dualkv.Error as error:
-        return error
+        return error.with_traceback(None)  # its frames would keep the call's objects alive
     return None
 
 

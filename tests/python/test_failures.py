@@ -659,27 +659,30 @@ def test_a_read_only_root(tmp_path: Path, small: dualkv.KvGeometry) -> None:
 @pytest.mark.root
 def test_a_full_disk(tmp_path: Path, small: dualkv.KvGeometry) -> None:
     """What was stored stays good; what did not fit is not there at all."""
-    with tmpfs(tmp_path / "disk", f"size={6 * small.file_bytes // 1024}k"):
-        root = tmp_path / "disk" / "store"
-        with dualkv.Node("n", small, store=f"file://{root}", staging=32 * small.file_bytes) as node:
-            keys = make_keys(small, HIT)
-            error = error_of(lambda: node.save(keys, filled(small, HIT).kv, range(HIT)).wait(LONG_S))
-            assert error is not None
-            assert error.code == "no_space", error
-            assert error.os_errno
-            assert eventually(lambda: all_free(node))
-            stored = node.store.match(keys)
-            assert 0 < stored < HIT
-            assert node.store.verify()[1] == []
-            assert [path for path in root.glob("*/tmp/*") if path.stat().st_size] == []
-            cache = HostCache(small, HIT)
-            node.load(plan(dualkv.PrefillOnly(), keys[:stored], node), into=cache.kv, block_ids=range(stored)).finish(
-                LONG_S
-            )
-            assert all(cache.holds(block, block + 1) for block in range(stored))
-            assert all(cache.untouched(block) for block in range(stored, HIT))
-            # Space again: the same save succeeds.
-            subprocess.run(["mount", "-o", "remount,size=16m", str(tmp_path / "disk")], check=True)
-            node.save(keys, filled(small, HIT).kv, range(HIT)).wait(LONG_S)
-            assert (node.store.match(keys), node.store.verify()) == (HIT, (HIT, []))
-        del node
+    disk = tmp_path / "disk"
+    with tmpfs(disk, f"size={6 * small.file_bytes // 1024}k"):
+        check_full_disk(disk, small)
+
+
+def check_full_disk(disk: Path, small: dualkv.KvGeometry) -> None:
+    root = disk / "store"
+    with dualkv.Node("n", small, store=f"file://{root}", staging=32 * small.file_bytes) as node:
+        keys = make_keys(small, HIT)
+        error = error_of(lambda: node.save(keys, filled(small, HIT).kv, range(HIT)).wait(LONG_S))
+        assert error is not None
+        assert error.code == "no_space", error
+        assert error.os_errno
+        assert eventually(lambda: all_free(node))
+        stored = node.store.match(keys)
+        assert 0 < stored < HIT
+        assert node.store.verify()[1] == []
+        assert [path for path in root.glob("*/tmp/*") if path.stat().st_size] == []
+        cache = HostCache(small, HIT)
+        load = node.load(plan(dualkv.PrefillOnly(), keys[:stored], node), into=cache.kv, block_ids=range(stored))
+        load.finish(LONG_S)
+        assert all(cache.holds(block, block + 1) for block in range(stored))
+        assert all(cache.untouched(block) for block in range(stored, HIT))
+        # Space again: the same save succeeds.
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        node.save(keys, filled(small, HIT).kv, range(HIT)).wait(LONG_S)
+        assert (node.store.match(keys), node.store.verify()) == (HIT, (HIT, []))

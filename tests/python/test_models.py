@@ -106,9 +106,7 @@ def test_incremental_equals_dense(kind: str, table: Any, splits: list[int]) -> N
     found: dict[int, Any] = {}
     start = 0
     for size in splits:
-        found[start + size - 1] = logits = model.prefill(
-            prompt[start : start + size], start, table, cache
-        )
+        found[start + size - 1] = logits = model.prefill(prompt[start : start + size], start, table, cache)
         start += size
     new, seen = decode(model, logits, start, 12, table, cache)
     found.update(enumerate(seen, start))

@@ -19,10 +19,7 @@ from dualkv.traces import Conversation, Session, Turn
 
 VOCAB = 32000
 _ROOT = Path(__file__).resolve().parents[2]
-TRACE_FILE = Path(
-    os.environ.get("DUALKV_TRACE_FILE")
-    or _ROOT.parent / "shared/data/agentic_coding_traces.jsonl.gz"
-)
+TRACE_FILE = Path(os.environ.get("DUALKV_TRACE_FILE") or _ROOT.parent / "shared/data/agentic_coding_traces.jsonl.gz")
 needs_trace_file = pytest.mark.skipif(
     not TRACE_FILE.is_file(), reason=f"no trace file {TRACE_FILE}: set DUALKV_TRACE_FILE"
 )
@@ -58,9 +55,7 @@ def sessions(draw: st.DrawFn) -> Session:
 
 
 def shared_prefix(a: Any, b: Any) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def replay(session: Session, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -300,9 +295,7 @@ def test_scaled_sessions_still_hit(dataset: str) -> None:
 
 @settings(deadline=None)
 @given(sessions(), st.sampled_from([1, 1.5, 2, 3.7, 8]), st.integers(1, 5), st.integers(0, 10))
-def test_scaling_keeps_shared_prefixes(
-    session: Session, factor: float, block_size: int, skip_tokens: int
-) -> None:
+def test_scaling_keeps_shared_prefixes(session: Session, factor: float, block_size: int, skip_tokens: int) -> None:
     small = traces.scale(session, factor, block_size=block_size, skip_tokens=skip_tokens)
     for later, turn in enumerate(session.turns):
         assert small.turns[later].input_tokens >= (turn.input_tokens - skip_tokens) // factor
@@ -323,9 +316,7 @@ def test_scaled_ids_tell_blocks_and_orders_apart() -> None:
 
 
 def test_scaling_keeps_prefixes_of_sessions_with_one_scope() -> None:
-    pair = [
-        session_of((40, 1, (*range(5), *range(x, x + 5))), id=str(x), scope="all") for x in (50, 60)
-    ]
+    pair = [session_of((40, 1, (*range(5), *range(x, x + 5))), id=str(x), scope="all") for x in (50, 60)]
     small = traces.scale(pair, 2, block_size=4)
     assert shared_prefix(small[0].turns[0].block_ids, small[1].turns[0].block_ids) == 2
     prompts = [traces.tokens(session, 0, VOCAB) for session in small]
