@@ -69,8 +69,8 @@ def _modes(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
 @click.option(
     "--transport", type=click.Choice(["tcp", "shm"]), default="tcp", show_default=True, help="Between the engines."
 )
-@click.option("--agents", type=click.IntRange(1, 256), default=8, show_default=True)
-@click.option("--turns", type=click.IntRange(2, 1000), default=12, show_default=True, help="Per agent.")
+@click.option("--agents", type=click.IntRange(1, 256), default=12, show_default=True)
+@click.option("--turns", type=click.IntRange(2, 1000), default=9, show_default=True, help="Per agent.")
 @click.option(
     "--trace",
     type=click.Path(exists=True, dir_okay=False),
@@ -91,7 +91,7 @@ def _modes(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     show_default=True,
     help="Read limit of each engine's storage; 0 = none.",
 )
-@click.option("--staging", default="1GiB", show_default=True, help="Staging pool of each engine.")
+@click.option("--staging", default="2GiB", show_default=True, help="Staging pool of each engine.")
 @click.option("--work-dir", type=click.Path(file_okay=False), help="Where block files go while it runs.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")

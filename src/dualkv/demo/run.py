@@ -61,14 +61,14 @@ class DemoOptions:
     engine: str = "torch"
     model: str = "gqa"
     transport: str = "tcp"
-    agents: int = 8
-    turns: int = 12
+    agents: int = 12
+    turns: int = 9
     dataset: str = "64K"
     trace: str | None = None
     scale: float = 32.0
     tokens_per_block: int = 16
     snic_limit: int = 200_000_000
-    staging: str = "1GiB"
+    staging: str = "2GiB"
     work_dir: str | None = None
     seed: int = 1
     deadline_s: float = 120.0

@@ -19,7 +19,7 @@ _CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e3e7ec; --page: #14171b; --soft: #9aa5b1; --line: #343b44; --band: #1c2127; }
 }
-body { margin: 0 auto; padding: 1.5rem; max-width: 64rem; color: var(--ink); background: var(--page);
+body { margin: 0 auto; padding: 1.5rem; max-width: 70rem; color: var(--ink); background: var(--page);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.8rem 0 0.2rem; }
@@ -28,8 +28,8 @@ dt { font-weight: 600; } dd { margin: 0; }
 .soft { color: var(--soft); font-size: 0.9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.55rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { vertical-align: bottom; white-space: normal; } td.name, th.name { text-align: left; }
+th, td { padding: 0.3rem 0.4rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { vertical-align: bottom; white-space: pre; } td.name, th.name { text-align: left; }
 tbody tr:nth-child(even) { background: var(--band); }
 .bad { color: #d6456b; font-weight: 600; }
 figure { margin: 0.5rem 0 1rem; } svg { display: block; width: 100%; height: auto; }
@@ -58,7 +58,7 @@ _LABELS = {
 _TOPOLOGY_MEANING = "1P2D is one prefill and two decode engines, processes of one machine with an SNIC limit each"
 
 _MODES = {
-    "basic": "the prefill node reads every stored block through its own storage NIC, as engines do today.",
+    "basic": "the prefill node reads every stored block through its own storage NIC.",
     "dualpath": "each request is loaded by the node with the shorter read queue: the prefill node (PE path), or the "
     "decode node, which reads with its own storage NIC and streams each layer to the prefill node (DE path).",
     "split": "each request is divided among all these storage NICs at once, idle nodes' included (helper path).",
@@ -123,18 +123,18 @@ def _failures(run: ModeRun) -> str:
 _COLUMNS: tuple[tuple[str, Callable[[ModeRun], str]], ...] = (
     ("topology", lambda run: _text(run.topology)),
     ("mode", lambda run: _text(run.mode)),
-    ("JCT, s", lambda run: f"{run.jct_s:.2f}"),
-    ("speed-up over basic", lambda run: f"{run.speedup:.2f}x" if run.speedup else "-"),
-    ("prompt tokens/s", lambda run: f"{run.prompt_tokens_per_s:,.0f}"),
-    ("TTFT p50, s", lambda run: f"{run.ttft_s.p50:.3f}"),
-    ("TTFT p99, s", lambda run: f"{run.ttft_s.p99:.3f}"),
-    ("TTFT alone, s", lambda run: f"{run.ttft_alone_s.p50:.3f}"),
-    ("PE path, GB", lambda run: _gigabytes(run, "pe_path")),
-    ("DE path, GB", lambda run: _gigabytes(run, "de_path")),
-    ("helper path, GB", lambda run: _gigabytes(run, "helper_path")),
-    ("SNIC used, prefill", lambda run: _percent(run, "prefill")),
-    ("SNIC used, decode", lambda run: _percent(run, "decode")),
-    ("exact turns", _exact),
+    ("JCT\ns", lambda run: f"{run.jct_s:.2f}"),
+    ("speed-up\nover\nbasic", lambda run: f"{run.speedup:.2f}x" if run.speedup else "-"),
+    ("prompt\ntokens/s", lambda run: f"{run.prompt_tokens_per_s:,.0f}"),
+    ("TTFT\np50, s", lambda run: f"{run.ttft_s.p50:.3f}"),
+    ("TTFT\np99, s", lambda run: f"{run.ttft_s.p99:.3f}"),
+    ("TTFT\nalone, s", lambda run: f"{run.ttft_alone_s.p50:.3f}"),
+    ("PE\npath\nGB", lambda run: _gigabytes(run, "pe_path")),
+    ("DE\npath\nGB", lambda run: _gigabytes(run, "de_path")),
+    ("helper\npath\nGB", lambda run: _gigabytes(run, "helper_path")),
+    ("SNIC\nused,\nprefill", lambda run: _percent(run, "prefill")),
+    ("SNIC\nused,\ndecode", lambda run: _percent(run, "decode")),
+    ("exact\nturns", _exact),
     ("failures", _failures),
 )
 _NAMES = 2  # that many first columns are names, the others numbers
@@ -175,10 +175,10 @@ def _speedups(runs: Sequence[ModeRun]) -> str:
 def _timelines(runs: Sequence[ModeRun], name: str) -> str:
     picks, missing = timeline.pick(runs)
     caption = (
-        "For each path the turn of median TTFT among those that used only it. Upper half of a layer's row: reading "
+        "For each way to load, its turn of median TTFT. Upper half of a layer's row: reading "
         "from storage and streaming, until that side's last byte of the layer arrived; pale until the side's first "
         "byte of any layer. Lower half: the prefill engine waits for the layer, computes it, publishes it to the "
-        "decode node. An engine computes one request at a time: the gap before its first bar is others' computing."
+        "decode node. An engine computes one request at a time, so there may be a gap before its first bar."
     )
     svg = timeline.timeline(picks, name)
     said = _figure("One request, layer by layer", svg, caption, "There is no request to show.")

@@ -17,6 +17,11 @@ WIDTH_INCHES = 10.0
 INK = "#010203"
 PATH_COLOURS = {"pe_path": "#3b82d6", "de_path": "#e0821f", "helper_path": "#17a2a8"}
 MODE_COLOURS = {"basic": "#7f8a99", "dualpath": "#d6456b", "split": "#1f9e6e", "oracle": "#8b6fd6"}
+_ENGINE_COLOURS = {
+    "prefill": (PATH_COLOURS["pe_path"], "#17a2a8", "#7b6ff0", "#6b8aa8"),
+    "decode": (PATH_COLOURS["de_path"], "#d4504a", "#b59a1e", "#a8704a"),
+    "": ("#7f8a99",),
+}
 _OTHER_COLOURS = ("#b59a1e", "#5b8c3a", "#a0522d", "#4a90a4")
 _STYLE = {
     "svg.fonttype": "none",
@@ -88,16 +93,13 @@ def mode_colour(mode: str) -> str:
     return MODE_COLOURS.get(mode, _OTHER_COLOURS[sum(mode.encode()) % len(_OTHER_COLOURS)])
 
 
-def engine_colours(names: Sequence[str]) -> dict[str, Any]:
-    """Prefill engines in the PE path's colour, decode engines in the DE path's, shade by shade."""
-    from matplotlib.colors import to_rgb
-
-    out = {}
-    for kind, path in (("prefill", "pe_path"), ("decode", "de_path"), ("", "helper_path")):
+def engine_looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Prefill engines in cold colours, decode engines in warm ones."""
+    out: dict[str, dict[str, Any]] = {}
+    for kind, colours in _ENGINE_COLOURS.items():
         mine = sorted(name for name in names if name not in out and name.startswith(kind))
         for i, name in enumerate(mine):
-            shade = 1.0 - 0.5 * i / len(mine)  # towards grey: visible on white and on black
-            out[name] = tuple(shade * part + (1 - shade) * 0.5 for part in to_rgb(PATH_COLOURS[path]))
+            out[name] = {"color": colours[i % len(colours)], "linestyle": "-" if i < len(colours) else ":"}
     return out
 
 
@@ -127,13 +129,13 @@ def bandwidth(runs: Sequence[ModeRun], limit: int, name: str) -> str:
     with styled():
         figure = new_figure(0.7 + 1.35 * len(shown))
         panels = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        colours = engine_colours(sorted({engine for _, steps in shown for engine in steps}))
+        looks = engine_looks(sorted({engine for _, steps in shown for engine in steps}))
         lines: dict[str, Any] = {}
         for panel, (run, steps) in zip(panels, shown, strict=True):
             panel.set_title(f"{run.mode}: all agents done after {run.jct_s:.3g} s")
-            for engine in sorted(steps, key=list(colours).index):
+            for engine in sorted(steps, key=list(looks).index):
                 edges, values = steps[engine]
-                lines[engine] = panel.stairs(values, edges, color=colours[engine], linewidth=1.6, baseline=None)
+                lines[engine] = panel.stairs(values, edges, linewidth=1.6, baseline=None, **looks[engine])
             if limit:
                 label = f"SNIC limit, {limit / 1e6:g} MB/s"
                 lines[label] = panel.axhline(limit / 1e6, color=INK, linestyle="--", linewidth=1.0)

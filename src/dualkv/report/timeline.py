@@ -32,9 +32,9 @@ def bytes_by_path(turn: TurnRecord) -> dict[str, int]:
 
 
 _WANTED: list[tuple[str, str, Callable[[dict[str, int]], bool]]] = [
-    ("basic", "PE path only", lambda used: set(used) == {"pe_path"}),
-    ("dualpath", "DE path only", lambda used: set(used) == {"de_path"}),
-    ("split", "split over several paths", lambda used: len(used) > 1),
+    ("basic", "over the PE path alone", lambda used: set(used) == {"pe_path"}),
+    ("dualpath", "over the DE path alone", lambda used: set(used) == {"de_path"}),
+    ("split", "over several paths", lambda used: len(used) > 1),
 ]
 
 
@@ -46,11 +46,11 @@ def pick(runs: Sequence[ModeRun]) -> tuple[list[Pick], list[str]]:
         turns = [turn for run in runs if run.mode == mode and run.replay for turn in run.replay.turns]
         turns = sorted((turn for turn in turns if fits(bytes_by_path(turn))), key=lambda turn: turn.ttft_s)
         if not turns:
-            missing.append(f"No turn of mode {mode} was loaded {kind.replace(' only', ' alone')}: no timeline of it.")
+            missing.append(f"No turn of mode {mode} was loaded {kind}: no timeline of it.")
             continue
         turn = turns[(len(turns) - 1) // 2]
         amounts = ", ".join(f"{size / 1e6:.3g} MB {_PATH_NAMES[path]}" for path, size in bytes_by_path(turn).items())
-        title = f"{mode}, {kind}: agent {turn.agent}, turn {turn.turn}, TTFT {turn.ttft_s * 1e3:.3g} ms ({amounts})"
+        title = f"{mode}: agent {turn.agent}, turn {turn.turn}, TTFT {turn.ttft_s * 1e3:.3g} ms ({amounts})"
         picks.append(Pick(title, turn))
     return picks, missing
 
@@ -91,7 +91,8 @@ def _draw_engine(axes: Any, turn: TurnRecord, bars: dict[str, Any]) -> None:
 
 def _span(turn: TurnRecord) -> tuple[float, float]:
     """From the engine's first to its last moment, with a little room, in milliseconds."""
-    begin, end = min(turn.prefilled["layer_start_s"]), max(turn.prefilled["layer_done_s"])
+    begin = min(turn.prefilled["layer_start_s"])
+    end = max(*turn.prefilled["layer_done_s"], *turn.prefilled["result"]["layer_published_s"])
     room = 0.04 * (end - begin) or 1e-3
     return (begin - room) * 1e3, (end + room) * 1e3
 
@@ -117,8 +118,10 @@ def timeline(picks: Sequence[Pick], name: str) -> str:
             whole.set_ylabel("layer")
             whole.set_xlim(0, _span(each.turn)[1])
             engine.set_xlim(*_span(each.turn))
-            engine.set_title("the prefill engine's part, enlarged", loc="right")
+            engine.set_title("prefill engine, enlarged", loc="right")
         panels[-1][0].set_xlabel("ms since the load began")
         panels[-1][1].set_xlabel("ms since the load began")
-        figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=min(6, len(bars)))
+        labels = sorted(bars, key=lambda label: not label.startswith("read"))
+        columns = len(labels) if len(labels) <= 5 else 3
+        figure.legend([bars[label] for label in labels], labels, loc="outside lower center", ncols=columns)
         return to_svg(figure, name, "Layer-by-layer timeline of one request on each path")
