@@ -44,17 +44,29 @@ BlockWriter::~BlockWriter() {
   thread_.join();
 }
 
-bool BlockWriter::submit(SaveJob job) {
+bool BlockWriter::submit(SaveJob job, Clock::time_point deadline) {
   {
-    const std::lock_guard lock(mutex_);
-    if (jobs_.size() >= options_.save_queue) return false;
-    job.call->accepted();
-    // The parent of a block that waits to be saved must not be evicted meanwhile.
-    if (!job.info.parent.empty()) directory_.pin(job.info.parent);
-    jobs_.push_back(std::move(job));
+    std::unique_lock lock(mutex_);
+    if (!room_.wait_until(lock, deadline, [this] { return jobs_.size() < options_.save_queue; })) return false;
+    enqueue(std::move(job));
   }
   wanted_.notify_one();
   return true;
+}
+
+void BlockWriter::submit(SaveJob job) {
+  {
+    const std::lock_guard lock(mutex_);
+    enqueue(std::move(job));
+  }
+  wanted_.notify_one();
+}
+
+void BlockWriter::enqueue(SaveJob job) {
+  job.call->accepted();
+  // The parent of a block that waits to be saved must not be evicted meanwhile.
+  if (!job.info.parent.empty()) directory_.pin(job.info.parent);
+  jobs_.push_back(std::move(job));
 }
 
 void BlockWriter::touch(std::vector<Key> keys) {
@@ -81,6 +93,7 @@ void BlockWriter::work() {
       if (!jobs_.empty()) {
         job = std::move(jobs_.front());
         jobs_.pop_front();
+        room_.notify_one();
       } else if (!touches_.empty()) {
         keys = std::move(touches_.front());
         touches_.pop_front();

@@ -47,13 +47,16 @@ class BlockWriter {
               BlockDirectory& directory);
   ~BlockWriter();
 
-  // False if the queue is full.
-  bool submit(SaveJob job);
+  // Waits for room in the queue, at most until `deadline`; false if there was none.
+  bool submit(SaveJob job, Clock::time_point deadline);
+  // For slots the caller holds anyway: the staging pool bounds how many there can be.
+  void submit(SaveJob job);
   // Marks blocks as used, on the writer's thread. Dropped if the queue is full.
   void touch(std::vector<Key> keys);
   SaveCounters counters() const;
 
  private:
+  void enqueue(SaveJob job);
   void work();
   void save(SaveJob job);
   Status publish(const TrailerInfo& info, std::byte* image);
@@ -65,6 +68,7 @@ class BlockWriter {
   BlockDirectory& directory_;
   mutable std::mutex mutex_;
   std::condition_variable wanted_;
+  std::condition_variable room_;
   std::deque<SaveJob> jobs_;
   std::deque<std::vector<Key>> touches_;
   bool stopping_ = false;

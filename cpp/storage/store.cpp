@@ -301,9 +301,6 @@ Operation ended_with(Status status) {
   return operation;
 }
 
-const Status kSaveQueueFull{Code::kNoSpace, 0,
-                            "save: the save queue is full; storage writes are too slow, or raise `save_queue`"};
-
 void gather_block(const KvGeometry& geometry, const PagedKv& source, std::uint32_t block_id, std::byte* image) {
   for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
     std::array<Extent, PagedKv::kMaxPlanes> extents;
@@ -330,7 +327,10 @@ Operation Store::save(std::span<const Key> keys, const PagedKv& source, std::spa
     if (!slot) return ended_with({Code::kTimeout, 0, "save: no staging slot became free by the deadline"});
     gather_block(geometry(), source, block_ids[i], slot.get());
     const TrailerInfo info{keys[i], i == 0 ? parent : keys[i - 1]};
-    if (!state_->writer().submit({info, slot, call})) return ended_with(kSaveQueueFull);
+    if (!state_->writer().submit({info, slot, call}, deadline)) {
+      return ended_with(
+          {Code::kTimeout, 0, "save: storage writes are too slow: the save queue was full until the deadline"});
+    }
   }
   call->submitted();
   return call->operation;
@@ -344,7 +344,7 @@ Operation Store::save_slots(std::span<const Key> keys, std::span<const Slot> slo
   for (std::size_t i = 0; i < keys.size(); ++i) {
     if (state_->directory().good(keys[i])) continue;
     const TrailerInfo info{keys[i], i == 0 ? parent : keys[i - 1]};
-    if (!state_->writer().submit({info, slots[i], call})) return ended_with(kSaveQueueFull);
+    state_->writer().submit({info, slots[i], call});
   }
   call->submitted();
   return call->operation;

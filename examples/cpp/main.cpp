@@ -14,7 +14,7 @@ constexpr std::uint64_t kLayerBytes = 8192;
 
 // A KV cache of one plane a layer.
 struct Cache {
-  std::vector<std::vector<std::byte>> layers{kLayers, std::vector<std::byte>(kBlocks * kLayerBytes)};
+  std::vector<std::vector<std::byte>> layers{kLayers, std::vector<std::byte>(kBlocks* kLayerBytes)};
 
   std::shared_ptr<const dualkv::PagedKv> describe(const dualkv::KvGeometry& geometry) {
     std::vector<std::vector<dualkv::Plane>> planes;

@@ -39,7 +39,7 @@ struct StoreOptions {
   double in_use_grace_s = 60;                // blocks used this recently, by any node, are never evicted
   double forget_s = 60;                      // how long a block whose read failed is not advertised again
   bool durable = true;                       // fdatasync before publish
-  std::uint32_t save_queue = 256;            // saves accepted and not yet written
+  std::uint32_t save_queue = 256;            // blocks save() accepts ahead of the writer; more wait
   bool fail_on_fallback = false;             // make every fallback an Error instead of a counter
   ReadFaults faults;
 };

@@ -91,7 +91,7 @@ def _modes(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     show_default=True,
     help="Read limit of each engine's storage; 0 = none.",
 )
-@click.option("--staging", default="2GiB", show_default=True, help="Staging pool of each engine.")
+@click.option("--staging", default="auto", show_default=True, help="Staging pool of each engine, like 2GiB.")
 @click.option("--work-dir", type=click.Path(file_okay=False), help="Where block files go while it runs.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")

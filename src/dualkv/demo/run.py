@@ -38,6 +38,7 @@ MODES = {
 
 # A 16-layer GQA model whose KV is large for its compute (64 KiB a token in fp32), as long contexts are.
 TORCH_VOCAB = 512
+MODEL_TOKEN_BYTES = 4096  # of one layer
 TORCH_MODEL = {
     "kind": "gqa",
     "layers": 16,
@@ -68,7 +69,7 @@ class DemoOptions:
     scale: float = 32.0
     tokens_per_block: int = 16
     snic_limit: int = 200_000_000
-    staging: str = "2GiB"
+    staging: int | str = "auto"
     work_dir: str | None = None
     seed: int = 1
     deadline_s: float = 120.0
@@ -110,6 +111,16 @@ def stored_prefix(session: traces.Session, vocab: int, per_block: int) -> "np.nd
     return prompt[:keep]
 
 
+def _most_blocks(session: traces.Session, per_block: int) -> int:
+    return max(-(-(turn.input_tokens + turn.output_tokens) // per_block) for turn in session.turns)
+
+
+def _staging_for(longest_blocks: int, options: DemoOptions) -> int:
+    """2 GiB, or room for two of the longest prompts beside what transit keeps."""
+    layer_bytes = MODEL_TOKEN_BYTES * options.tokens_per_block
+    return max(2 << 30, 3 * longest_blocks * 16 * layer_bytes)
+
+
 class _Demo:
     """One topology: its processes, its storage, its modes."""
 
@@ -121,9 +132,10 @@ class _Demo:
         self.vocab = TORCH_VOCAB if options.engine == "torch" else 50021
         sessions = load_sessions(options)
         self.sessions, self.alone = sessions[:-1], sessions[-1:]
-        longest = max(turn.input_tokens + turn.output_tokens for s in sessions for turn in s.turns)
-        blocks = (-(-longest // options.tokens_per_block) + 2) * len(sessions)
-        self.cluster = Cluster(topology, self._config(blocks))
+        # Each session has one turn in flight; two blocks more for what is partly filled.
+        blocks = [_most_blocks(session, options.tokens_per_block) + 2 for session in sessions]
+        self.cluster = Cluster(topology, self._config(sum(blocks)))
+        self.staging = options.staging if options.staging != "auto" else _staging_for(max(blocks), options)
         self.wrong_tokens: dict[int, list[int]] | None = None
 
     def _config(self, blocks: int) -> dict[str, Any]:
@@ -137,16 +149,16 @@ class _Demo:
             config["model"] = TORCH_MODEL if options.model == "gqa" else MLA_MODEL
         else:
             # The bytes of the torch model.
-            config.update(layers=16, layer_bytes=4096 * options.tokens_per_block, costs=dict(options.costs))
+            config.update(
+                layers=16, layer_bytes=MODEL_TOKEN_BYTES * options.tokens_per_block, costs=dict(options.costs)
+            )
         return config
 
     async def populate(self) -> pathlib.Path:
         """Stores every session's context as it was before the first turn."""
         root = self.directory / "seed"
         step = self.progress.stage(f"{self.topology} populate storage", len(self.sessions) + 1)
-        await self.cluster.open(
-            str(root), self.options.transport, str(self.directory), {"staging": self.options.staging}
-        )
+        await self.cluster.open(str(root), self.options.transport, str(self.directory), {"staging": self.staging})
         engines = self.cluster.prefill
 
         async def one(i: int, session: traces.Session) -> None:
@@ -172,7 +184,7 @@ class _Demo:
         root = self.directory / name
         shutil.copytree(seed, root, copy_function=os.link)
         options = {
-            "staging": self.options.staging,
+            "staging": self.staging,
             "policy": mode.policy,
             "resident": mode.resident,
             "deadline_s": self.options.deadline_s,
