@@ -17,7 +17,8 @@ test: lint test-python test-cpp
 
 # liburing makes storage reads fast; without root and without it, the build says so and goes on.
 system-demo:
-	@command -v c++ >/dev/null && test -e /usr/include/liburing.h && $(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	@command -v c++ >/dev/null && test -e /usr/include/liburing.h && \
+	  $(PYTHON) -c 'import ensurepip, os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || \
 	  ($(APT) update -qq && $(APT) install -y -qq g++ liburing-dev python3-venv python3-dev >/dev/null) || \
 	  echo "could not install system packages; going on without (see README.md, Install)"
 
@@ -25,7 +26,7 @@ system-test: system-demo
 	@test -e /usr/include/gtest/gtest.h && command -v cmake >/dev/null && command -v ninja >/dev/null || \
 	  ($(APT) update -qq && $(APT) install -y -qq libgtest-dev cmake ninja-build >/dev/null)
 
-$(VENV)/bin/python:
+$(VENV)/bin/python: | system-demo
 	$(PYTHON) -m venv $(VENV)
 
 sources := $(shell find src bindings cpp include third_party CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
