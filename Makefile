@@ -50,9 +50,11 @@ lint: $(VENV)/test.stamp
 test-python: $(VENV)/test.stamp
 	$(RUN)/python -m pytest
 
-# Each sanitizer is a build of its own; the first also measures coverage of the core.
+# Each sanitizer is a build of its own; the first also measures coverage of the core. Counters of threaded code may
+# read negative (gcc bug 68080), which is no error of ours.
 test-cpp: build/asan/done build/tsan/done
-	$(RUN)/gcovr --root . --filter 'cpp/' --filter 'include/' --print-summary build/asan | tail -n 40
+	$(RUN)/gcovr --root . --filter 'cpp/' --filter 'include/' --gcov-ignore-parse-errors=negative_hits.warn \
+	  --print-summary build/asan
 
 build/asan/done: FLAGS := -DDUALKV_SANITIZE=address,undefined -DDUALKV_COVERAGE=ON
 build/tsan/done: FLAGS := -DDUALKV_SANITIZE=thread
