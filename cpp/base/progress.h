@@ -1,7 +1,6 @@
 // The progress thread: one loop that runs posted tasks, timers and file descriptor handlers.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>

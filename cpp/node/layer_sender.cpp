@@ -28,7 +28,6 @@ bool SendQueue::send_one(LayerSender& sender, Link& link) {
     sender.put_back(std::move(write));
     return false;
   }
-  ++sender.in_flight_;
   in_flight_.emplace(id, std::move(flight));
   return true;
 }
@@ -54,7 +53,6 @@ void SendQueue::on_write_done(Link& link, std::uint64_t id, Outcome outcome) {
     InFlight& flight = node.mapped();
     meters_[&link].add(flight.blocks.size() * geometry_.layer_bytes(flight.layer), Clock::now());
     if (flight.sender != nullptr) {
-      --flight.sender->in_flight_;
       const LayerSender::Sent sent = flight.sender->sent_;
       sent(flight.layer, flight.blocks, outcome);
     }

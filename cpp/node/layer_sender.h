@@ -65,7 +65,6 @@ class LayerSender {
   // After a batch of add().
   void pump() { queue_.pump(*link_); }
   bool has_queued() const { return !queued_.empty(); }
-  bool idle() const { return queued_.empty() && in_flight_ == 0; }
   Link& link() const { return *link_; }
 
  private:
@@ -80,7 +79,6 @@ class LayerSender {
   const Lane lane_;
   const Sent sent_;
   std::map<std::uint32_t, std::deque<WriteBlock>> queued_;
-  std::uint32_t in_flight_ = 0;
 };
 
 }  // namespace dualkv

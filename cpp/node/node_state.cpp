@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/clock.h"
 #include "base/text.h"
 #include "node/load_task.h"
 #include "node/serve_task.h"
@@ -54,7 +55,7 @@ Clock::duration seconds(double value) {
   // A day is the longest any call may take (docs/settings.md); more, or not a number, must not overflow the clock.
   constexpr double kLongestSeconds = 86400;
   if (!(value < kLongestSeconds)) value = kLongestSeconds;
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+  return to_duration(value);
 }
 
 std::uint64_t microseconds_until(Clock::time_point when) {

@@ -14,6 +14,7 @@
 #include <memory>
 #include <queue>
 
+#include "base/clock.h"
 #include "base/text.h"
 #include "storage/block_format.h"
 
@@ -65,6 +66,15 @@ bool parse_key(const std::string& hex, Key* key) {
   return true;
 }
 
+// Blocks are spread over folders named by the first byte of their keys.
+constexpr int kFolders = 256;
+
+std::string folder_name(int index) {
+  char name[3];
+  std::snprintf(name, sizeof(name), "%02x", index);
+  return name;
+}
+
 template <typename Map>
 void bound(Map& map) {
   if (map.size() > kMostRemembered) map.clear();
@@ -86,10 +96,9 @@ BlockDirectory::BlockDirectory(const KvGeometry& geometry, const StoreOptions& o
   directory_ = Fd(open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!directory_.valid()) fail("cannot open", path_, "check its permissions");
   make_directory(path_ + "/tmp");
-  for (int i = 0; i < 256; ++i) {
-    char name[3];
-    std::snprintf(name, sizeof(name), "%02x", i);
-    if (mkdirat(directory_.get(), name, 0777) != 0 && errno != EEXIST) {
+  for (int i = 0; i < kFolders; ++i) {
+    const std::string name = folder_name(i);
+    if (mkdirat(directory_.get(), name.c_str(), 0777) != 0 && errno != EEXIST) {
       fail("cannot create a folder in", path_, "check its permissions and free inodes");
     }
   }
@@ -175,7 +184,7 @@ bool BlockDirectory::quarantine(const Key& key) {
 
 void BlockDirectory::touch(std::span<const Key> keys) {
   const auto now = Clock::now();
-  const auto again = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(grace_s_ / 4));
+  const auto again = to_duration(grace_s_ / 4);
   for (const Key& key : keys) {
     {
       const std::lock_guard lock(mutex_);
@@ -188,10 +197,7 @@ void BlockDirectory::touch(std::span<const Key> keys) {
   }
 }
 
-void BlockDirectory::forget(const Key& key) {
-  forget_until(key,
-               Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(forget_s_)));
-}
+void BlockDirectory::forget(const Key& key) { forget_until(key, Clock::now() + to_duration(forget_s_)); }
 
 void BlockDirectory::forget_until(const Key& key, Clock::time_point when) {
   const std::lock_guard lock(mutex_);
@@ -218,10 +224,9 @@ void BlockDirectory::unpin(const Key& key) {
 
 std::vector<Key> BlockDirectory::list() const {
   std::vector<Key> keys;
-  for (int i = 0; i < 256; ++i) {
-    char name[3];
-    std::snprintf(name, sizeof(name), "%02x", i);
-    const Directory folder = open_directory(directory_.get(), name);
+  for (int i = 0; i < kFolders; ++i) {
+    const std::string name = folder_name(i);
+    const Directory folder = open_directory(directory_.get(), name.c_str());
     while (const dirent* entry = folder ? readdir(folder.get()) : nullptr) {
       const std::string file = entry->d_name;
       Key key;
@@ -266,9 +271,8 @@ std::optional<std::uint64_t> BlockDirectory::collect(std::uint64_t quota_bytes) 
   if (!lease.valid()) fail("cannot open the collector's lease in", path_, "check its permissions");
   if (flock(lease.get(), LOCK_EX | LOCK_NB) != 0) return std::nullopt;
   remove_stale("tmp", "", kStaleTempSeconds);
-  for (int i = 0; i < 256; ++i) {
-    char folder[3];
-    std::snprintf(folder, sizeof(folder), "%02x", i);
+  for (int i = 0; i < kFolders; ++i) {
+    const std::string folder = folder_name(i);
     remove_stale(folder, ".corrupt", kKeepCorruptSeconds);
   }
   return evict(scan(), quota_bytes);

@@ -4,6 +4,7 @@
 #include <random>
 #include <unordered_map>
 
+#include "base/clock.h"
 #include "storage/block_reader.h"
 
 namespace dualkv {
@@ -60,7 +61,7 @@ class FaultyReader : public BlockReader {
     if (hit(faults_.short_rate)) completion = {completion.id, {Code::kCorrupt, 0}, completion.bytes / 2};
     if (completion.outcome.ok() && hit(faults_.corrupt_rate)) flip_bit(request);
     if (!hit(faults_.delay_rate)) return true;
-    const auto delay = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(faults_.delay_s));
+    const auto delay = to_duration(faults_.delay_s);
     late_.emplace(Clock::now() + delay, completion);
     return false;
   }

@@ -1,6 +1,7 @@
 // LimitedReader: a token bucket in front of a reader, standing in for a storage NIC.
 #include <deque>
 
+#include "base/clock.h"
 #include "storage/block_reader.h"
 
 namespace dualkv {
@@ -51,8 +52,7 @@ class LimitedReader : public BlockReader {
       if (inner_full_) break;
       const FileRuns runs = file_runs(geometry_, waiting_.front().layers);
       const double bytes = static_cast<double>(runs.runs[0].bytes + runs.runs[1].bytes * (runs.count > 1));
-      const auto cost =
-          std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(bytes * seconds_per_byte_));
+      const auto cost = to_duration(bytes * seconds_per_byte_);
       free_at_ = std::max(free_at_, now) + cost;
       waiting_.pop_front();
       any = true;

@@ -14,6 +14,7 @@
 #include <map>
 #include <unordered_map>
 
+#include "base/clock.h"
 #include "base/text.h"
 #include "transport/socket_link.h"
 
@@ -214,7 +215,7 @@ void SocketTransport::begin(Fd fd, const Hello& mine, std::shared_ptr<Dial> dial
   shake->dial = std::move(dial);
   shake->channel = std::make_shared<Channel>(progress_, std::move(fd), *shake);
   shakes_.push_back(shake);
-  const auto limit = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(options_.handshake_s));
+  const auto limit = to_duration(options_.handshake_s);
   shake->timer = progress_.at(Clock::now() + limit, [this, weak = std::weak_ptr(shake)] {
     const auto alive = weak.lock();
     if (!alive) return;
@@ -380,7 +381,7 @@ void SocketTransport::forget(const std::shared_ptr<Handshake>& shake) {
 
 // A link whose other channels never come is given up.
 void SocketTransport::expire_partial(const std::pair<std::string, std::uint64_t>& key) {
-  const auto limit = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(options_.handshake_s));
+  const auto limit = to_duration(options_.handshake_s);
   progress_.at(Clock::now() + 2 * limit, [this, key] {
     const auto node = partial_.extract(key);
     if (!node.empty()) node.mapped()->close({Code::kTimeout, 0, "the peer opened only a part of its channels"});
