@@ -1,31 +1,38 @@
-// Binds XXH3 (vendored xxHash) and BLAKE2b (vendored Monocypher).
+// Binds XXH3 (vendored xxHash, by the CPU's best kernel) and BLAKE2b (vendored Monocypher).
 #include "base/hash.h"
 
 #include <sys/random.h>
 
 #include <cerrno>
 
+#include "base/checksum_kernel.h"
 #include "dualkv/keys.h"
 #include "dualkv/status.h"
-
-#define XXH_INLINE_ALL
 #include "monocypher/monocypher.h"
-#include "xxhash/xxhash.h"
 
 namespace dualkv {
 
 namespace {
+const ChecksumKernel& kernel() {
+#if defined(__x86_64__)
+  static const ChecksumKernel& best = __builtin_cpu_supports("avx512f") ? kAvx512Kernel
+                                      : __builtin_cpu_supports("avx2")  ? kAvx2Kernel
+                                                                        : kBaselineKernel;
+  return best;
+#else
+  return kBaselineKernel;
+#endif
+}
+
 const std::uint8_t* u8(std::span<const std::byte> bytes) { return reinterpret_cast<const std::uint8_t*>(bytes.data()); }
 }  // namespace
 
-std::uint64_t checksum(std::span<const std::byte> bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
-
+std::uint64_t checksum(std::span<const std::byte> bytes) { return kernel().hash(bytes.data(), bytes.size()); }
 std::uint64_t checksum(std::span<const Extent> extents) {
-  if (extents.size() == 1) return XXH3_64bits(extents[0].data, extents[0].bytes);
-  XXH3_state_t state;
-  XXH3_64bits_reset(&state);
-  for (const Extent& extent : extents) XXH3_64bits_update(&state, extent.data, extent.bytes);
-  return XXH3_64bits_digest(&state);
+  return kernel().hash_extents(extents.data(), extents.size());
+}
+std::uint64_t copy_checksum(std::span<const std::byte> source, std::span<const Extent> target) {
+  return kernel().copy(source.data(), source.size(), target.data());
 }
 
 Digest blake2b(std::span<const std::byte> key, std::span<const std::byte> first, std::span<const std::byte> second) {

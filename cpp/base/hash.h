@@ -15,6 +15,9 @@ using Digest = std::array<std::byte, 32>;
 
 // XXH3-64 of the concatenation of the extents.
 std::uint64_t checksum(std::span<const Extent> extents);
+// Copies `source` to the extents, whose total is its size, and returns the XXH3-64 of what was copied: one pass over
+// memory, past the cache, so it costs no more than memcpy.
+std::uint64_t copy_checksum(std::span<const std::byte> source, std::span<const Extent> target);
 // BLAKE2b-256 of the concatenation of two parts, keyed if `key` is not empty (at most 64 bytes are allowed).
 Digest blake2b(std::span<const std::byte> key, std::span<const std::byte> first, std::span<const std::byte> second);
 // Constant-time comparison.

@@ -4,6 +4,8 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -19,8 +21,9 @@ int checked(int fd, const char* what) {
 }
 }  // namespace
 
-Progress::Progress(std::string name)
-    : epoll_(checked(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")),
+Progress::Progress(std::string name, std::chrono::microseconds spin)
+    : spin_(spin),
+      epoll_(checked(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")),
       wake_(checked(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), "eventfd")) {
   watch(wake_.get(), EPOLLIN, [this](std::uint32_t) {
     eventfd_t count;
@@ -56,7 +59,7 @@ void Progress::run(const Task& task) {
 
 void Progress::watch(int fd, std::uint32_t events, FdHandler handler) {
   const std::uint64_t generation = ++generation_;
-  watches_[fd] = {std::move(handler), generation};
+  watches_[fd] = {std::make_shared<const FdHandler>(std::move(handler)), generation};
   epoll_event event{};
   event.events = events;
   event.data.fd = fd;
@@ -115,13 +118,41 @@ void Progress::run_timers() {
   }
 }
 
-int Progress::wait_ms() const {
-  if (timers_.empty()) return -1;
-  const auto left = timers_.begin()->first.first - Clock::now();
-  if (left <= Clock::duration::zero()) return 0;
-  // Rounded up: waking early would spin until the timer is due.
-  const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(left).count() + 1;
-  return static_cast<int>(std::min<long>(ms, 1000));
+// Blocks until something happens or the next timer is due.
+int Progress::sleep(epoll_event* events, int most) {
+  using std::chrono::nanoseconds;
+  timespec limit{};
+  if (!timers_.empty()) {
+    const auto left = std::max(timers_.begin()->first.first - Clock::now(), Clock::duration::zero());
+    const auto ns = std::chrono::duration_cast<nanoseconds>(left).count();
+    limit = {ns / 1'000'000'000, ns % 1'000'000'000};
+  }
+#ifdef SYS_epoll_pwait2
+  static_assert(sizeof(timespec) == 16, "the call takes 64-bit times");
+  const long count = syscall(SYS_epoll_pwait2, epoll_.get(), events, most, timers_.empty() ? nullptr : &limit, nullptr,
+                             std::size_t{0});
+  if (count >= 0 || errno != ENOSYS) return static_cast<int>(count);
+#endif
+  // Older kernels count milliseconds. Rounded up: waking early would spin until the timer is due.
+  const long ms = limit.tv_sec * 1000 + limit.tv_nsec / 1'000'000 + (limit.tv_nsec % 1'000'000 != 0);
+  return epoll_wait(epoll_.get(), events, most, timers_.empty() ? -1 : static_cast<int>(std::min(ms, 60'000L)));
+}
+
+// While work follows work within spin_, waking up from sleep would cost more than looking for it. One spin without
+// work ends that, so an idle thread never spins, and a busy one at most spin_ longer than its work.
+int Progress::wait(epoll_event* events, int most) {
+  if (spin_ == Clock::duration::zero()) return sleep(events, most);
+  const auto start = Clock::now();
+  auto until = start + spin_;
+  if (!timers_.empty()) until = std::min(until, timers_.begin()->first.first);
+  while (busy_) {
+    const int count = epoll_wait(epoll_.get(), events, most, 0);
+    if (count != 0) return count;
+    busy_ = Clock::now() < until;
+  }
+  const int count = sleep(events, most);
+  busy_ = Clock::now() - start < spin_;
+  return count;
 }
 
 void Progress::loop() {
@@ -133,14 +164,14 @@ void Progress::loop() {
       const std::lock_guard lock(mutex_);
       if (stopping_ && posted_.empty()) return;
     }
-    const int count = epoll_wait(epoll_.get(), events.data(), events.size(), wait_ms());
+    const int count = wait(events.data(), events.size());
     const std::uint64_t newest = generation_;
     for (int i = 0; i < count; ++i) {
       // A handler may have closed a later fd of this batch, and its number may be in use again.
       const auto found = watches_.find(events[i].data.fd);
       if (found == watches_.end() || found->second.generation > newest) continue;
-      const FdHandler handler = found->second.handler;
-      handler(events[i].events);
+      const auto handler = found->second.handler;
+      (*handler)(events[i].events);
     }
   }
 }

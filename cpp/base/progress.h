@@ -1,9 +1,13 @@
 // The progress thread: one loop that runs posted tasks, timers and file descriptor handlers.
 #pragma once
 
+#include <sys/epoll.h>
+
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -22,7 +26,8 @@ class Progress {
   using FdHandler = std::function<void(std::uint32_t events)>;
   using TimerId = std::uint64_t;
 
-  explicit Progress(std::string name);
+  // `spin`: how long the thread looks for more work before it sleeps, when the last work came that soon; 0 = never.
+  explicit Progress(std::string name, std::chrono::microseconds spin = std::chrono::microseconds(0));
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -48,13 +53,16 @@ class Progress {
   void loop();
   void run_posted();
   void run_timers();
-  int wait_ms() const;
+  int wait(epoll_event* events, int most);
+  int sleep(epoll_event* events, int most);
 
   struct Watch {
-    FdHandler handler;
+    std::shared_ptr<const FdHandler> handler;  // shared: a handler may end its own watch
     std::uint64_t generation;
   };
 
+  const Clock::duration spin_;
+  bool busy_ = false;  // the last work came within spin_
   Fd epoll_;
   Fd wake_;
   std::mutex mutex_;
