@@ -86,5 +86,6 @@ void register_values(py::module_& m);
 void register_storage(py::module_& m);
 void register_policy(py::module_& m);
 void register_node(py::module_& m);
+void register_limits(py::module_& m);
 
 }  // namespace dualkv::bindings

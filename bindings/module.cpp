@@ -7,4 +7,5 @@ PYBIND11_MODULE(_dualkv, m) {
   dualkv::bindings::register_storage(m);
   dualkv::bindings::register_policy(m);
   dualkv::bindings::register_node(m);
+  dualkv::bindings::register_limits(m);
 }
