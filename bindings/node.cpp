@@ -26,13 +26,27 @@ NodeOptions to_node_options(const py::dict& d) {
   field(d, "peer_silence_s", o.peer_silence_s);
   field(d, "handshake_s", o.handshake_s);
   field(d, "reconnect_max_s", o.reconnect_max_s);
+  field(d, "spin_us", o.spin_us);
   field(d, "stall_s", o.stall_s);
   field(d, "max_loads", o.max_loads);
   field(d, "max_peers", o.max_peers);
   return o;
 }
 
+py::dict to_dict(const ReadTimes& t) {
+  py::dict out;
+  out["first_layer"] = t.layers.first;
+  out["layers"] = t.layers.count;
+  out["begin_s"] = t.begin_s;
+  out["end_s"] = t.end_s;
+  out["verify_s"] = t.verify_s;
+  out["bytes"] = t.bytes;
+  return out;
+}
+
 py::dict to_dict(const PathResult& p) {
+  py::list reads;
+  for (const ReadTimes& times : p.reads) reads.append(to_dict(times));
   py::dict out;
   out["node"] = p.node;
   out["path"] = std::string(to_string(p.path));
@@ -40,7 +54,9 @@ py::dict to_dict(const PathResult& p) {
   out["bytes"] = p.bytes;
   out["first_s"] = p.first_s;
   out["last_s"] = p.last_s;
+  out["layer_first_s"] = p.layer_first_s;
   out["layer_done_s"] = p.layer_done_s;
+  out["reads"] = reads;
   return out;
 }
 
@@ -49,9 +65,13 @@ py::dict to_dict(const LoadResult& r) {
   for (const PathResult& path : r.paths) paths.append(to_dict(path));
   py::dict out;
   out["reason"] = r.reason;
+  out["started_s"] = r.started_s;
   out["paths"] = paths;
   out["layer_ready_s"] = r.layer_ready_s;
+  out["layer_wait_begin_s"] = r.layer_wait_begin_s;
+  out["layer_wait_end_s"] = r.layer_wait_end_s;
   out["layer_published_s"] = r.layer_published_s;
+  out["layer_publish_done_s"] = r.layer_publish_done_s;
   out["bytes_published"] = r.bytes_published;
   out["failovers"] = r.failovers;
   out["seconds"] = r.seconds;
@@ -97,6 +117,16 @@ void register_node(py::module_& m) {
       .def_property_readonly("id", &Load::id)
       .def_property_readonly("layers", &Load::layers)
       .def_property_readonly("milestones", &Load::milestones)
+      .def("wait",
+           [](const Load& l, std::uint32_t layer, std::optional<double> timeout_s) {
+             const py::gil_scoped_release release;
+             raise_if_failed(l.wait(layer, until(timeout_s)));
+           })
+      .def("note_wait",
+           [](const Load& l, std::uint32_t layer, double began_s) {
+             const std::chrono::duration<double> began(began_s);
+             l.note_wait(layer, Clock::time_point(std::chrono::duration_cast<Clock::duration>(began)));
+           })
       .def("publish", &Load::publish)
       .def("release", &Load::release)
       .def("cancel", &Load::cancel, py::call_guard<py::gil_scoped_release>())
@@ -160,8 +190,9 @@ void register_node(py::module_& m) {
       .def("peer", &Node::peer)
       .def("view", &Node::view)
       .def("load",
-           [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window) {
-             LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window};
+           [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window,
+              std::uint32_t layers_per_read) {
+             LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window, layers_per_read};
              const py::gil_scoped_release release;
              return n.load(std::move(request));
            })

@@ -8,43 +8,45 @@
 namespace dualkv {
 
 void SendQueue::enqueue(LayerSender& sender) {
-  auto& turns = turns_[&sender.link()];
-  if (std::find(turns.begin(), turns.end(), &sender) == turns.end()) turns.push_back(&sender);
+  if (std::exchange(sender.in_turn_, true)) return;
+  turns_[&sender.link()][static_cast<int>(sender.lane())].push_back(&sender);
 }
 
 void SendQueue::remove(LayerSender& sender) {
-  if (const auto turns = turns_.find(&sender.link()); turns != turns_.end()) std::erase(turns->second, &sender);
+  if (const auto turns = turns_.find(&sender.link()); turns != turns_.end()) {
+    std::erase(turns->second[static_cast<int>(sender.lane())], &sender);
+  }
   for (auto& [id, flight] : in_flight_) {
     if (flight.sender == &sender) flight.sender = nullptr;
   }
 }
 
-bool SendQueue::send_one(LayerSender& sender, Link& link) {
+void SendQueue::send_one(LayerSender& sender, Link& link) {
   LayerWrite write = sender.next(++last_write_);
-  const std::uint64_t id = write.id;
   InFlight flight{&link, &sender, write.layer, {}};
   for (const WriteBlock& block : write.blocks) flight.blocks.push_back(block.block);
-  if (!link.try_write(write)) {
-    sender.put_back(std::move(write));
-    return false;
+  in_flight_.emplace(write.id, std::move(flight));
+  link.write(std::move(write));
+}
+
+bool SendQueue::pump_lane(Link& link, Turns& turns) {
+  while (!turns.empty()) {
+    LayerSender& sender = *turns.front();
+    if (!link.can_write(sender.lane(), sender.next_bytes())) return false;
+    send_one(sender, link);
+    turns.pop_front();
+    sender.in_turn_ = sender.has_queued();
+    if (sender.in_turn_) turns.push_back(&sender);
   }
-  in_flight_.emplace(id, std::move(flight));
   return true;
 }
 
 void SendQueue::pump(Link& link) {
-  auto& turns = turns_[&link];
-  while (!turns.empty()) {
-    LayerSender& sender = *turns.front();
-    if (!sender.has_queued()) {
-      turns.pop_front();
-      continue;
-    }
-    if (!send_one(sender, link)) return meters_[&link].busy(Clock::now());
-    turns.pop_front();
-    turns.push_back(&sender);
-  }
-  meters_[&link].idle();
+  auto& lanes = turns_[&link];
+  const bool high_idle = pump_lane(link, lanes[static_cast<int>(Lane::kHigh)]);
+  const bool low_idle = pump_lane(link, lanes[static_cast<int>(Lane::kLow)]);
+  if (high_idle && low_idle) return meters_[&link].idle();
+  meters_[&link].busy(Clock::now());
 }
 
 void SendQueue::on_write_done(Link& link, std::uint64_t id, Outcome outcome) {
@@ -71,40 +73,52 @@ std::uint64_t SendQueue::bandwidth(const Link& link) const {
   return found == meters_.end() ? 0 : found->second.bytes_per_s();
 }
 
-LayerSender::LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane, Sent sent)
-    : queue_(queue), link_(std::move(link)), owner_(next_owner()), grant_(grant), lane_(lane), sent_(std::move(sent)) {}
+LayerSender::LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane,
+                         BlockSource& source, Sent sent)
+    : queue_(queue),
+      link_(std::move(link)),
+      owner_(next_owner()),
+      grant_(grant),
+      lane_(lane),
+      source_(source),
+      sent_(std::move(sent)) {}
 
 LayerSender::~LayerSender() {
   queue_.remove(*this);
   link_->withdraw(owner_);
 }
 
-void LayerSender::add(std::uint32_t layer, WriteBlock block) {
-  queued_[layer].push_back(std::move(block));
+void LayerSender::add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep) {
+  if (count == 0) return;
+  queued_[layer].push_back({first, first + count, std::move(keep)});
   queue_.enqueue(*this);
 }
 
-// As many blocks of the lowest layer as fit in a frame; at least one.
-LayerWrite LayerSender::next(std::uint64_t id) {
-  const auto first = queued_.begin();
-  const std::uint64_t layer_bytes = queue_.geometry().layer_bytes(first->first);
-  const std::uint64_t most = std::clamp<std::uint64_t>(queue_.frame_bytes() / layer_bytes, 1, kMaxWriteBlocks);
-  LayerWrite write{id, owner_, grant_, first->first, lane_, {}};
-  std::deque<WriteBlock>& blocks = first->second;
-  while (!blocks.empty() && write.blocks.size() < most) {
-    // One write describes its blocks alike.
-    if (!write.blocks.empty() && blocks.front().extents != write.blocks.front().extents) break;
-    write.blocks.push_back(std::move(blocks.front()));
-    blocks.pop_front();
-  }
-  if (blocks.empty()) queued_.erase(first);
-  return write;
+std::uint32_t LayerSender::frame_blocks() const {
+  const std::uint64_t layer_bytes = queue_.geometry().layer_bytes(queued_.begin()->first);
+  return static_cast<std::uint32_t>(std::clamp<std::uint64_t>(queue_.frame_bytes() / layer_bytes, 1, kMaxWriteBlocks));
 }
 
-void LayerSender::put_back(LayerWrite write) {
-  auto& blocks = queued_[write.layer];
-  blocks.insert(blocks.begin(), std::make_move_iterator(write.blocks.begin()),
-                std::make_move_iterator(write.blocks.end()));
+std::uint64_t LayerSender::next_bytes() const {
+  const auto& [layer, runs] = *queued_.begin();
+  const std::uint32_t most = frame_blocks();
+  std::uint32_t blocks = 0;
+  for (auto run = runs.begin(); run != runs.end() && blocks < most; ++run) blocks += run->end - run->next;
+  return std::min(blocks, most) * queue_.geometry().layer_bytes(layer);
+}
+
+LayerWrite LayerSender::next(std::uint64_t id) {
+  const auto first = queued_.begin();
+  const std::uint32_t most = frame_blocks();
+  LayerWrite write{id, owner_, grant_, first->first, lane_, {}};
+  std::deque<Run>& runs = first->second;
+  while (!runs.empty() && write.blocks.size() < most) {
+    Run& run = runs.front();
+    source_.describe(write.layer, run.next, run.keep, write.blocks.emplace_back());
+    if (++run.next == run.end) runs.pop_front();
+  }
+  if (runs.empty()) queued_.erase(first);
+  return write;
 }
 
 }  // namespace dualkv

@@ -1,6 +1,7 @@
 // LayerSender: what one task sends to one grant, lowest layer first; SendQueue: fair turns on the links.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -18,7 +19,18 @@ namespace dualkv {
 
 class LayerSender;
 
-// One frame per sender and turn, so that no load waits behind another's whole backlog. Progress thread only.
+// Says where a Layer Block is and what its checksum is, when its turn to be sent comes: whole prompts are queued as a
+// few numbers, and a checksum made then leaves its bytes in the cache for the send.
+class BlockSource {
+ public:
+  virtual ~BlockSource() = default;
+  // Fills `out`. `index` and `keep` are what LayerSender::add was given.
+  virtual void describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep,
+                        WriteBlock& out) = 0;
+};
+
+// One frame per sender and turn, so that no load waits behind another's whole backlog. Lanes don't wait for each
+// other. Progress thread only.
 class SendQueue {
  public:
   SendQueue(const KvGeometry& geometry, std::uint64_t frame_bytes) : geometry_(geometry), frame_bytes_(frame_bytes) {}
@@ -42,12 +54,15 @@ class SendQueue {
     std::uint32_t layer;
     std::vector<std::uint32_t> blocks;
   };
-  bool send_one(LayerSender& sender, Link& link);
+  using Turns = std::deque<LayerSender*>;
+  // False if the lane's window is full.
+  bool pump_lane(Link& link, Turns& turns);
+  void send_one(LayerSender& sender, Link& link);
 
   const KvGeometry geometry_;
   const std::uint64_t frame_bytes_;
   std::uint64_t last_write_ = 0;
-  std::unordered_map<const Link*, std::deque<LayerSender*>> turns_;
+  std::unordered_map<const Link*, std::array<Turns, kLaneCount>> turns_;
   std::unordered_map<std::uint64_t, InFlight> in_flight_;
   std::unordered_map<const Link*, RateMeter> meters_;  // busy while a window is full
 };
@@ -57,28 +72,42 @@ class LayerSender {
  public:
   using Sent = std::function<void(std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome)>;
 
-  // `sent` is called for each acknowledged write; it may destroy the sender.
-  LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane, Sent sent);
+  // `source` must outlive the sender. `sent` is called for each acknowledged write, with the WriteBlock::block
+  // numbers; it may destroy the sender.
+  LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane, BlockSource& source,
+              Sent sent);
   ~LayerSender();
 
-  void add(std::uint32_t layer, WriteBlock block);
+  // Queues Layer Blocks [first, first + count) of `source`. `keep` is held until they are described.
+  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep = nullptr);
   // After a batch of add().
   void pump() { queue_.pump(*link_); }
-  bool has_queued() const { return !queued_.empty(); }
   Link& link() const { return *link_; }
+  Lane lane() const { return lane_; }
 
  private:
   friend class SendQueue;
+  struct Run {
+    std::uint32_t next;
+    std::uint32_t end;
+    std::shared_ptr<void> keep;
+  };
+  bool has_queued() const { return !queued_.empty(); }
+  // Blocks of the lowest layer that a frame takes at most, at least one.
+  std::uint32_t frame_blocks() const;
+  // Of the next frame, at most.
+  std::uint64_t next_bytes() const;
   LayerWrite next(std::uint64_t id);
-  void put_back(LayerWrite write);
 
   SendQueue& queue_;
   const std::shared_ptr<Link> link_;
   const std::uint64_t owner_;
   const std::uint64_t grant_;
   const Lane lane_;
+  BlockSource& source_;
   const Sent sent_;
-  std::map<std::uint32_t, std::deque<WriteBlock>> queued_;
+  bool in_turn_ = false;  // stands in a queue of turns
+  std::map<std::uint32_t, std::deque<Run>> queued_;
 };
 
 }  // namespace dualkv

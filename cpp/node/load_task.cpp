@@ -20,9 +20,11 @@ void require(bool fine, Code code, const std::string& message) {
   if (!fine) throw Error(code, message);
 }
 
-std::uint32_t layers_per_read(std::uint32_t window, std::uint32_t layers) {
+std::uint32_t layers_per_read(const LoadRequest& request, std::uint32_t layers) {
+  const std::uint32_t window = request.window_layers;
   // Half a window, so that one half is read while the other is computed.
-  return window == 0 || window >= layers ? layers : std::max(1u, window / 2);
+  const std::uint32_t most = window == 0 || window >= layers ? layers : std::max(1u, window / 2);
+  return request.layers_per_read == 0 ? most : std::min(request.layers_per_read, most);
 }
 
 }  // namespace
@@ -61,10 +63,14 @@ LoadTask::LoadTask(NodeState& node, LoadRequest request)
   published_.resize(layers_);
   const std::uint32_t window = request_.window_layers;
   credit_ = window == 0 ? layers_ : std::min(window, layers_);
-  per_read_ = layers_per_read(window, layers_);
+  per_read_ = layers_per_read(request_, layers_);
   result_.reason = request_.plan.reason;
-  result_.layer_ready_s.resize(layers_);
-  result_.layer_published_s.resize(layers_);
+  layer_publish_pending_.resize(layers_);
+  result_.started_s = std::chrono::duration<double>(started_.time_since_epoch()).count();
+  for (auto* times : {&result_.layer_ready_s, &result_.layer_wait_begin_s, &result_.layer_wait_end_s,
+                      &result_.layer_published_s, &result_.layer_publish_done_s}) {
+    times->resize(layers_);
+  }
 }
 
 LoadTask::~LoadTask() = default;
@@ -74,6 +80,8 @@ void LoadTask::check_request() const {
   check_plan(request_.plan);
   require(request_.into != nullptr, invalid, "load: no KV cache given (into)");
   require(request_.into->layers() == layers_, invalid, "load: the KV cache has another number of layers");
+  require(request_.layers_per_read <= layers_, invalid,
+          text("load: layers_per_read ", request_.layers_per_read, ": the model has ", layers_, " layers"));
   require(request_.deadline_s > 0 && request_.deadline_s <= 86400, invalid,
           text("load: deadline ", request_.deadline_s, " s: must be more than 0 and at most a day"));
   require(request_.block_ids.size() >= hit_, invalid,
@@ -117,6 +125,7 @@ void LoadTask::add_source(const std::string& name, Path path, bool required) {
   source->link = std::move(link);
   source->result.node = name;
   source->result.path = path;
+  source->result.layer_first_s.resize(layers_);
   source->result.layer_done_s.resize(layers_);
   sources_.push_back(std::move(source));
 }
@@ -231,9 +240,11 @@ void LoadTask::deliver(Source& source, std::uint32_t layer, std::uint32_t block,
     node_.add_asked(source.name, -static_cast<std::int64_t>(bytes));
   }
   PathResult& path = source.result;
-  if (path.bytes == 0) path.first_s = now_s();
+  const double now = now_s();
+  if (path.bytes == 0) path.first_s = now;
+  if (path.layer_first_s[layer] == 0) path.layer_first_s[layer] = now;
   path.bytes += bytes;
-  path.last_s = path.layer_done_s[layer] = now_s();
+  path.last_s = path.layer_done_s[layer] = now;
   if (--blocks_[block].layers_left == 0) ++path.blocks;
   if (--layer_left_[layer] == 0) layer_ready(layer);
   maybe_finish();
@@ -296,7 +307,7 @@ void LoadTask::on_opened(Link& link, const LoadOpened& message) {
   if (message.code != Code::kOk) return handover_failed({message.code, 0, message.why});
   const std::weak_ptr<LoadTask> weak = weak_from_this();
   publisher_ = std::make_unique<LayerSender>(
-      node_.sends(), sources_[decode_source_]->link, message.grant, Lane::kLow,
+      node_.sends(), sources_[decode_source_]->link, message.grant, Lane::kLow, *this,
       [weak](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
         if (const auto self = weak.lock()) self->on_published(blocks, layer, outcome);
       });
@@ -354,37 +365,62 @@ void LoadTask::publish(std::uint32_t layer) {
 }
 
 void LoadTask::publish_now(std::uint32_t layer) {
-  const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
-  std::uint64_t sent = 0;
-  for (std::uint32_t block = 0; block < request_.block_ids.size(); ++block) {
-    // What the decode node read itself is in its staging already.
-    if (block < hit_ && blocks_[block].source == decode_source_) continue;
-    WriteBlock write;
-    write.block = block;
-    write.extents = static_cast<std::uint32_t>(request_.into->extents(layer, request_.block_ids[block], write.source));
-    write.checksum = block < hit_ ? checksums_[slot_of(layer, block)]
-                                  : checksum(std::span<const Extent>(write.source).first(write.extents));
-    publisher_->add(layer, std::move(write));
-    ++publish_pending_;
-    sent += bytes;
+  // What the decode node read itself is in its staging already.
+  const auto skipped = [&](std::uint32_t block) { return block < hit_ && blocks_[block].source == decode_source_; };
+  const auto blocks = static_cast<std::uint32_t>(request_.block_ids.size());
+  std::uint32_t count = 0;
+  for (std::uint32_t first = 0; first < blocks;) {
+    std::uint32_t end = first;
+    while (end < blocks && !skipped(end)) ++end;
+    publisher_->add(layer, first, end - first);
+    count += end - first;
+    first = end + 1;
   }
+  publish_pending_ += count;
+  layer_publish_pending_[layer] = count;
   ++layers_published_;
   {
     const std::lock_guard lock(mutex_);
-    result_.bytes_published += sent;
+    result_.bytes_published += count * node_.geometry().layer_bytes(layer);
+    if (count == 0) result_.layer_publish_done_s[layer] = now_s();
   }
   publisher_->pump();
   maybe_finish();
 }
 
+void LoadTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>&, WriteBlock& out) {
+  out.block = block;
+  out.extents = static_cast<std::uint32_t>(request_.into->extents(layer, request_.block_ids[block], out.source));
+  out.checksum = block < hit_ ? checksums_[slot_of(layer, block)]
+                              : checksum(std::span<const Extent>(out.source).first(out.extents));
+}
+
 void LoadTask::on_published(const std::vector<std::uint32_t>& blocks, std::uint32_t layer, Outcome outcome) {
   if (ended_) return;
   publish_pending_ -= blocks.size();
+  layer_publish_pending_[layer] -= static_cast<std::uint32_t>(blocks.size());
   if (!outcome.ok()) {
     return handover_failed(
         {outcome.code, 0, text("'", sources_[decode_source_]->name, "' did not take layer ", layer, " of the new KV")});
   }
+  if (layer_publish_pending_[layer] == 0) {
+    const std::lock_guard lock(mutex_);
+    result_.layer_publish_done_s[layer] = now_s();
+  }
   maybe_finish();
+}
+
+void LoadTask::on_read_report(Link& link, const ReadReport& message) {
+  for (const auto& source : sources_) {
+    if (source->link.get() == &link) source->result.reads = message.times;
+  }
+}
+
+void LoadTask::note_wait(std::uint32_t layer, Clock::time_point begin, Clock::time_point end) {
+  const std::lock_guard lock(mutex_);
+  if (result_.layer_wait_end_s[layer] != 0) return;
+  result_.layer_wait_begin_s[layer] = since_start_s(begin);
+  result_.layer_wait_end_s[layer] = since_start_s(end);
 }
 
 // Prefill goes on: its layers are still right. Only finish() fails.
@@ -422,6 +458,7 @@ void LoadTask::end(bool failed, const Status& why) {
   const auto keep = shared_from_this();
   ended_ = true;
   node_.progress().cancel(timer_);
+  if (reads_) sources_[0]->result.reads = reads_->times(started_);
   reads_.reset();
   publisher_.reset();
   std::uint32_t failovers;
@@ -456,6 +493,8 @@ std::int64_t LoadTask::failed_block() const {
   return failed_block_;
 }
 
-double LoadTask::now_s() const { return std::chrono::duration<double>(Clock::now() - started_).count(); }
+double LoadTask::since_start_s(Clock::time_point when) const {
+  return std::chrono::duration<double>(when - started_).count();
+}
 
 }  // namespace dualkv

@@ -16,7 +16,7 @@
 namespace dualkv {
 
 // Lives on the progress thread; users see milestones() and result(), which lock for themselves.
-class LoadTask : public NodeTask, public std::enable_shared_from_this<LoadTask> {
+class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_from_this<LoadTask> {
  public:
   // Throws Error, with nothing reserved, if the request can't be served. Progress thread.
   static std::shared_ptr<LoadTask> begin(NodeState& node, LoadRequest request);
@@ -33,10 +33,15 @@ class LoadTask : public NodeTask, public std::enable_shared_from_this<LoadTask> 
   void publish(std::uint32_t layer);
   void release(std::uint32_t layer);
   void fail(Status status);
+  // Any thread: somebody waited for the layer. Only the first wait of a layer counts.
+  void note_wait(std::uint32_t layer, Clock::time_point begin, Clock::time_point end);
 
   void on_opened(Link& link, const LoadOpened& message);
   void on_blocks_failed(Link& link, const BlocksFailed& message);
   void on_peer_closed(Link& link, const CloseLoad& message);
+  void on_read_report(Link& link, const ReadReport& message);
+  // Of what is published: Layer Blocks of this engine's cache.
+  void describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
   void on_link_closed(Link& link, const Status& why) override;
   void on_stalled(const std::string& node) override;
   void abort(const Status& why) override { fail(why); }
@@ -85,7 +90,8 @@ class LoadTask : public NodeTask, public std::enable_shared_from_this<LoadTask> 
   void handover_failed(Status why);
   void maybe_finish();
   void end(bool failed, const Status& why);
-  double now_s() const;
+  double since_start_s(Clock::time_point when) const;
+  double now_s() const { return since_start_s(Clock::now()); }
 
   NodeState& node_;
   const LoadRequest request_;
@@ -112,7 +118,8 @@ class LoadTask : public NodeTask, public std::enable_shared_from_this<LoadTask> 
   std::vector<std::uint32_t> publish_queue_;  // layers published before the decode node was ready
   std::vector<bool> published_;
   std::uint32_t layers_published_ = 0;
-  std::uint64_t publish_pending_ = 0;  // Layer Blocks not acknowledged
+  std::uint64_t publish_pending_ = 0;                 // Layer Blocks not acknowledged
+  std::vector<std::uint32_t> layer_publish_pending_;  // of each layer
   Status handover_failure_;
   bool ended_ = false;
   mutable std::mutex mutex_;  // guards what follows

@@ -1,6 +1,9 @@
 // Encoding and decoding of control messages: a type byte, then fixed fields in order.
 #include "node/messages.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "base/bytes.h"
 
 namespace dualkv {
@@ -137,6 +140,44 @@ void put(ByteWriter& out, const CloseLoad& m) {
 void get(ByteReader& in, CloseLoad& m) {
   m.load = in.get<std::uint64_t>();
   get_why(in, m.code, m.why);
+}
+
+constexpr std::uint64_t kLongestUs = 86'400'000'000;  // no load takes more than a day
+
+void put_seconds(ByteWriter& out, double seconds) {
+  out.put(std::min(static_cast<std::uint64_t>(std::llround(std::max(seconds, 0.0) * 1e6)), kLongestUs));
+}
+
+double get_seconds(ByteReader& in) {
+  const auto us = in.get<std::uint64_t>();
+  if (us > kLongestUs) in.fail();
+  return static_cast<double>(us) / 1e6;
+}
+
+void put(ByteWriter& out, const ReadReport& m) {
+  out.put(m.load);
+  for (const ReadTimes& times : m.times) {
+    out.put(times.layers.first);
+    out.put(times.layers.count);
+    put_seconds(out, times.begin_s);
+    put_seconds(out, times.end_s);
+    put_seconds(out, times.verify_s);
+    out.put(times.bytes);
+  }
+}
+
+void get(ByteReader& in, ReadReport& m) {
+  m.load = in.get<std::uint64_t>();
+  while (in.ok() && in.left() > 0) {
+    ReadTimes times;
+    times.layers.first = in.get<std::uint32_t>();
+    times.layers.count = in.get<std::uint32_t>();
+    times.begin_s = get_seconds(in);
+    times.end_s = get_seconds(in);
+    times.verify_s = get_seconds(in);
+    times.bytes = in.get<std::uint64_t>();
+    m.times.push_back(times);
+  }
 }
 
 // The type byte is the alternative's index.

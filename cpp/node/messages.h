@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dualkv/keys.h"
+#include "dualkv/node.h"
 #include "dualkv/policy.h"
 #include "dualkv/status.h"
 
@@ -72,7 +73,14 @@ struct CloseLoad {
   std::string why;
 };
 
-using Message = std::variant<ViewMessage, OpenLoad, LoadOpened, ReadBlocks, Credit, BlocksFailed, CloseLoad>;
+// A side to prefill: all it was asked to read has been read (or has failed), and when. For timelines.
+struct ReadReport {
+  std::uint64_t load = 0;
+  std::vector<ReadTimes> times;
+};
+
+using Message =
+    std::variant<ViewMessage, OpenLoad, LoadOpened, ReadBlocks, Credit, BlocksFailed, CloseLoad, ReadReport>;
 
 std::vector<std::byte> encode_message(const Message& message);
 // Nullopt for anything encode_message would not have written.

@@ -61,7 +61,16 @@ const std::shared_ptr<Milestones>& Load::milestones() const { return task_->mile
 
 Status Load::wait(std::uint32_t layer, Clock::time_point until) const {
   check_layer(layer, layers());
-  return task_->milestones()->wait(layer, until);
+  if (task_->milestones()->reached(layer)) return {};
+  const auto begin = Clock::now();
+  Status status = task_->milestones()->wait(layer, until);
+  task_->note_wait(layer, begin, Clock::now());
+  return status;
+}
+
+void Load::note_wait(std::uint32_t layer, Clock::time_point begin) const {
+  check_layer(layer, layers());
+  task_->note_wait(layer, begin, Clock::now());
 }
 
 void Load::publish(std::uint32_t layer) {

@@ -31,6 +31,7 @@ void check_options(const NodeOptions& options) {
   }
   require(options.write_frame_bytes >= 1 && options.write_window_bytes >= options.write_frame_bytes,
           "node: write_window_bytes must be at least write_frame_bytes");
+  require(options.spin_us <= 1000, text("node: spin_us = ", options.spin_us, ": must be at most 1000"));
   require(options.heartbeat_s > 0 && options.peer_silence_s > 2 * options.heartbeat_s,
           "node: peer_silence_s must be more than two heartbeats");
   require(options.reconnect_max_s >= kFirstRedialPause,
@@ -67,7 +68,7 @@ NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
     : geometry_((check_options(options), geometry)),
       options_(std::move(options)),
       transport_options_(transport_options(options_)),
-      progress_(std::make_shared<Progress>("dualkv-" + options_.name)),
+      progress_(std::make_shared<Progress>("dualkv-" + options_.name, std::chrono::microseconds(options_.spin_us))),
       fallbacks_(options_.store.fail_on_fallback),
       pool_(geometry_, options_.staging),
       store_(std::make_unique<Store>(std::make_shared<StoreState>(geometry_, options_.store, pool_, progress_))),
@@ -494,6 +495,10 @@ void NodeState::handle(Link& link, const BlocksFailed& message) {
     const auto task = load->second;
     task->on_blocks_failed(link, message);
   }
+}
+
+void NodeState::handle(Link& link, const ReadReport& message) {
+  if (const auto load = loads_.find(message.load); load != loads_.end()) load->second->on_read_report(link, message);
 }
 
 void NodeState::handle(Link& link, const CloseLoad& message) {

@@ -125,6 +125,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   void handle(Link& link, const Credit& message);
   void handle(Link& link, const BlocksFailed& message);
   void handle(Link& link, const CloseLoad& message);
+  void handle(Link& link, const ReadReport& message);
 
   const KvGeometry geometry_;
   const NodeOptions options_;

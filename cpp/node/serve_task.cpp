@@ -1,6 +1,8 @@
 // Serving a peer's load, and the hand-over to the decode engine.
 #include "node/serve_task.h"
 
+#include <cstring>
+
 #include "base/text.h"
 #include "storage/block_format.h"
 
@@ -63,14 +65,15 @@ void IncomingTask::close() { fail({Code::kCancelled, 0, "the hand-over was close
 std::shared_ptr<ServeTask> ServeTask::begin(NodeState& node, std::shared_ptr<Link> link, const OpenLoad& open) {
   std::shared_ptr<ServeTask> task(new ServeTask(node, std::move(link), open));
   const std::weak_ptr<ServeTask> weak = task;
-  task->reads_ = std::make_unique<BlockReads>(node.storage(), open.decode ? task->layers_ : open.layers_per_read,
+  // The decode node holds the whole prompt anyway, so its reads don't wait for credit.
+  task->reads_ = std::make_unique<BlockReads>(node.storage(), open.layers_per_read,
                                               open.decode ? task->layers_ : open.credit_layers,
                                               [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
                                                 if (const auto self = weak.lock())
                                                   self->on_read(block, layers, std::move(result));
                                               });
   task->sender_ = std::make_unique<LayerSender>(
-      node.sends(), task->link_, open.grant, Lane::kLow,
+      node.sends(), task->link_, open.grant, Lane::kLow, *task,
       [](std::uint32_t, const std::vector<std::uint32_t>&, Outcome) {});  // refusals come as messages
   task->timer_ = node.progress().at(Clock::now() + std::chrono::microseconds(open.time_left_us), [weak] {
     const auto self = weak.lock();
@@ -115,12 +118,11 @@ void ServeTask::reserve_prompt() {
 
 void ServeTask::on_reserved(std::vector<Slot> slots) {
   if (ended_) return;
-  const std::size_t blocks = slots.size();
   slots_ = std::move(slots);
   reserved_ = true;
-  reading_.resize(blocks);
-  read_.resize(blocks);
-  arrived_.resize(layers_ * blocks);
+  reading_.resize(slots_.size());
+  own_.resize(layers_ * slots_.size());
+  arrived_.resize(layers_ * slots_.size());
   left_ = arrived_.size();
   grant_ = node_.grants().add(*this, link_->peer());
   node_.send(*link_, LoadOpened{open_.load, grant_, Code::kOk, {}});
@@ -145,66 +147,103 @@ void ServeTask::read(const ReadBlocks& message) {
 
 void ServeTask::start_read(const BlockToRead& block) {
   if (!open_.decode) return reads_->add(block.block, block.key);
-  if (reading_[block.block] || read_[block.block]) return;
-  reading_[block.block] = true;
+  reading_[block.block] = reads_->groups();
   reads_->add(block.block, block.key, slots_[block.block]);
 }
 
 void ServeTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result) {
   if (ended_) return;
   if (open_.decode) {
-    // A read that was replaced by what the prefill node published.
-    if (!reading_[block] || result.slot != slots_[block]) return;
-    reading_[block] = false;
+    // A read into a slot that was replaced, because the prefill node published the block instead.
+    if (reading_[block] == 0 || result.slot != slots_[block]) return;
+    --reading_[block];
   }
-  if (!result.outcome.ok()) {
-    BlocksFailed failed{open_.load, result.outcome.code, result.outcome.os_errno, result.reason, {block}};
-    return node_.send(*link_, failed);
-  }
+  if (reads_->idle()) node_.send(*link_, ReadReport{open_.load, reads_->times(opened_)});
+  if (!result.outcome.ok()) return on_read_failed(block, layers, result);
   const std::uint32_t last = std::min(layers.first + layers.count, credit_);
   if (last > layers.first) send_layers(block, {layers.first, last - layers.first}, result.slot);
   sender_->pump();
+  if (open_.decode) on_own_read(block, layers);
+}
+
+void ServeTask::on_own_read(std::uint32_t block, LayerRange layers) {
+  for (std::uint32_t layer = layers.first; layer < layers.first + layers.count; ++layer) {
+    own_[at(layer, block)] = true;
+    mark(layer, block);
+  }
+}
+
+void ServeTask::on_read_failed(std::uint32_t block, LayerRange layers, const ReadResult& result) {
+  node_.send(*link_, BlocksFailed{open_.load, result.outcome.code, result.outcome.os_errno, result.reason, {block}});
   if (!open_.decode) return;
-  read_[block] = true;
-  for (std::uint32_t layer = 0; layer < layers_; ++layer) mark(layer, block);
+  const std::uint32_t after = layers.first + layers.count;
+  const bool before_right = layers.first == 0 || still_right(layers.first - 1, block);
+  const bool after_right = after == layers_ || still_right(after, block);
+  if (before_right && after_right) return;
+  end({Code::kCorrupt, 0, text("a failed read damaged a layer of block ", block, " that was here already")},
+      /*tell=*/true);
+}
+
+bool ServeTask::still_right(std::uint32_t layer, std::uint32_t block) const {
+  if (!own_[at(layer, block)]) return true;
+  const KvGeometry& geometry = node_.geometry();
+  const std::span<const std::byte> image(slots_[block].get(), geometry.file_bytes());
+  return checksum(image.subspan(geometry.layer_offset(layer), geometry.layer_bytes(layer))) ==
+         trailer_checksum(image.subspan(geometry.payload_bytes()), layer);
 }
 
 void ServeTask::send_layers(std::uint32_t block, LayerRange layers, const Slot& slot) {
-  const KvGeometry& geometry = node_.geometry();
-  const std::span<const std::byte> trailer(slot.get() + geometry.payload_bytes(), geometry.trailer_bytes());
   for (std::uint32_t layer = layers.first; layer < layers.first + layers.count; ++layer) {
-    WriteBlock write;
-    write.block = block;
-    write.checksum = trailer_checksum(trailer, layer);
-    write.source[0] = {slot.get() + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
-    write.extents = 1;
-    write.keep = slot;
-    sender_->add(layer, std::move(write));
+    sender_->add(layer, block, 1, slot);
   }
+}
+
+void ServeTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) {
+  const KvGeometry& geometry = node_.geometry();
+  auto* slot = static_cast<std::byte*>(keep.get());
+  out.block = block;
+  out.checksum = trailer_checksum({slot + geometry.payload_bytes(), geometry.trailer_bytes()}, layer);
+  out.source[0] = {slot + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
+  out.extents = 1;
+  out.keep = keep;
 }
 
 void ServeTask::credit(std::uint32_t layers) {
   if (ended_ || layers <= credit_ || layers > layers_) return;
   const std::uint32_t before = std::exchange(credit_, layers);
   if (!open_.decode) return reads_->credit(layers);
-  for (std::uint32_t block = 0; block < read_.size(); ++block) {
-    if (read_[block]) send_layers(block, {before, layers - before}, slots_[block]);
+  for (std::uint32_t layer = before; layer < layers; ++layer) {
+    for (std::uint32_t block = 0; block < slots_.size(); ++block) {
+      if (own_[at(layer, block)]) sender_->add(layer, block, 1, slots_[block]);
+    }
   }
   sender_->pump();
 }
 
 std::size_t ServeTask::target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
-  if (ended_ || block >= read_.size() || arrived_[std::size_t{layer} * read_.size() + block]) return 0;
-  if (reading_[block]) {
-    // The prefill node gave up on this node's read, but the kernel may still write to the slot: take another.
-    Slot fresh = node_.pool().try_acquire(SlotUse::kTransit);
-    if (!fresh) return 0;
-    slots_[block] = std::move(fresh);
-    reading_[block] = false;
-  }
+  if (ended_ || block >= slots_.size() || arrived_[at(layer, block)]) return 0;
+  if (reading_[block] > 0 && !take_fresh_slot(block)) return 0;
   const KvGeometry& geometry = node_.geometry();
   out[0] = {slots_[block].get() + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
   return 1;
+}
+
+// The prefill node gave up on this node's reads of the block, but the kernel may still write to its slot: take another,
+// with what has been read already.
+bool ServeTask::take_fresh_slot(std::uint32_t block) {
+  Slot fresh = node_.pool().try_acquire(SlotUse::kTransit);
+  if (!fresh) return false;
+  const KvGeometry& geometry = node_.geometry();
+  for (std::uint32_t layer = 0; layer < layers_; ++layer) {
+    if (!arrived_[at(layer, block)]) continue;
+    const std::uint64_t offset = geometry.layer_offset(layer);
+    std::memcpy(fresh.get() + offset, slots_[block].get() + offset, geometry.layer_bytes(layer));
+  }
+  std::memcpy(fresh.get() + geometry.payload_bytes(), slots_[block].get() + geometry.payload_bytes(),
+              geometry.trailer_bytes());
+  slots_[block] = std::move(fresh);
+  reading_[block] = 0;
+  return true;
 }
 
 void ServeTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t, bool right) {
@@ -213,9 +252,8 @@ void ServeTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t b
 }
 
 void ServeTask::mark(std::uint32_t layer, std::uint32_t block) {
-  const std::size_t at = std::size_t{layer} * read_.size() + block;
-  if (arrived_[at]) return;
-  arrived_[at] = true;
+  if (arrived_[at(layer, block)]) return;
+  arrived_[at(layer, block)] = true;
   if (--left_ == 0) incoming_->complete(slots_);
 }
 

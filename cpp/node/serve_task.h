@@ -61,7 +61,10 @@ class IncomingTask : public NodeTask, public std::enable_shared_from_this<Incomi
 };
 
 // Progress thread only.
-class ServeTask : public NodeTask, public GrantSink, public std::enable_shared_from_this<ServeTask> {
+class ServeTask : public NodeTask,
+                  public GrantSink,
+                  public BlockSource,
+                  public std::enable_shared_from_this<ServeTask> {
  public:
   static std::shared_ptr<ServeTask> begin(NodeState& node, std::shared_ptr<Link> link, const OpenLoad& open);
   ~ServeTask() override;
@@ -79,6 +82,8 @@ class ServeTask : public NodeTask, public GrantSink, public std::enable_shared_f
   std::size_t target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) override;
   void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
                bool right) override;
+  // Of what is sent: `keep` is the slot the Layer Block lies in.
+  void describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
 
  private:
   ServeTask(NodeState& node, std::shared_ptr<Link> link, const OpenLoad& open);
@@ -86,8 +91,16 @@ class ServeTask : public NodeTask, public GrantSink, public std::enable_shared_f
   void on_reserved(std::vector<Slot> slots);
   void start_read(const BlockToRead& block);
   void on_read(std::uint32_t block, LayerRange layers, ReadResult result);
+  void on_own_read(std::uint32_t block, LayerRange layers);
+  void on_read_failed(std::uint32_t block, LayerRange layers, const ReadResult& result);
+  // Whether a Layer Block that was right still is: a failed read beside it may have written to a page they share.
+  bool still_right(std::uint32_t layer, std::uint32_t block) const;
+  bool take_fresh_slot(std::uint32_t block);
   void send_layers(std::uint32_t block, LayerRange layers, const Slot& slot);
   void mark(std::uint32_t layer, std::uint32_t block);
+  std::size_t at(std::uint32_t layer, std::uint32_t block) const {
+    return std::size_t{layer} * open_.prompt_blocks + block;
+  }
   void end(const Status& why, bool tell);
 
   NodeState& node_;
@@ -100,17 +113,18 @@ class ServeTask : public NodeTask, public GrantSink, public std::enable_shared_f
   Progress::TimerId timer_ = 0;
   bool ended_ = false;
   bool reserved_ = false;
+  const Clock::time_point opened_ = Clock::now();
   std::vector<bool> asked_;  // blocks this side was asked to read: once each
   // Decode only.
   std::shared_ptr<IncomingTask> incoming_;
   std::uint64_t grant_ = 0;
   std::uint64_t ticket_ = 0;
-  std::vector<Slot> slots_;           // of the prompt
-  std::vector<BlockToRead> waiting_;  // for the prompt's staging
-  std::vector<bool> reading_;         // own read of the block not finished
-  std::vector<bool> read_;            // own read finished: all layers are here
-  std::vector<bool> arrived_;         // [layer][block]
-  std::uint64_t left_ = 0;            // Layer Blocks not here
+  std::vector<Slot> slots_;             // of the prompt
+  std::vector<BlockToRead> waiting_;    // for the prompt's staging
+  std::vector<std::uint32_t> reading_;  // own reads of the block not finished: the kernel may write to its slot
+  std::vector<bool> own_;               // [layer][block]: read here
+  std::vector<bool> arrived_;           // [layer][block]
+  std::uint64_t left_ = 0;              // Layer Blocks not here
 };
 
 }  // namespace dualkv

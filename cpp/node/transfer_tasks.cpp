@@ -74,40 +74,47 @@ void GrantTask::on_link_closed(Link& link, const Status& why) {
     end({Code::kPeerLost, why.os_errno, text("node '", peer_, "': ", why.message)});
 }
 
+SendTask::SendTask(NodeState& node, SendRequest request)
+    : node_(node), request_(std::move(request)), left_(request_.block_ids.size() * request_.layers.count) {}
+
 std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& peer, SendRequest request) {
   const std::uint32_t layers = node.geometry().layers();
   check_ids(*request.source, request.block_ids, layers, "send_layers");
-  if (request.layers.count == 0 || std::uint64_t{request.layers.first} + request.layers.count > layers) {
-    throw Error(Code::kInvalidArgument,
-                text("send_layers: layers ", request.layers.first, " + ", request.layers.count, " of ", layers));
+  const LayerRange range = request.layers;
+  if (range.count == 0 || std::uint64_t{range.first} + range.count > layers) {
+    throw Error(Code::kInvalidArgument, text("send_layers: layers ", range.first, " + ", range.count, " of ", layers));
   }
   const auto link = node.find_link(peer);
   if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
-  std::shared_ptr<SendTask> task(new SendTask(node));
-  task->left_ = request.block_ids.size() * request.layers.count;
-  task->sender_ = std::make_unique<LayerSender>(
-      node.sends(), link, request.grant, request.lane,
-      [raw = task.get()](std::uint32_t, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
-        raw->left_ -= blocks.size();
-        if (!outcome.ok())
-          return raw->end({outcome.code, 0, "send_layers: the peer refused a write; is the grant still valid?"});
-        if (raw->left_ == 0) raw->end({});
-      });
+  std::shared_ptr<SendTask> task(new SendTask(node, std::move(request)));
+  task->sender_ =
+      std::make_unique<LayerSender>(node.sends(), link, task->request_.grant, task->request_.lane, *task,
+                                    [raw = task.get()](std::uint32_t, const std::vector<std::uint32_t>& blocks,
+                                                       Outcome outcome) { raw->on_sent(blocks.size(), outcome); });
   node.add_task(task);
-  task->timer_ = node.progress().at(Clock::now() + seconds(request.deadline_s), [weak = std::weak_ptr(task)] {
+  task->timer_ = node.progress().at(Clock::now() + seconds(task->request_.deadline_s), [weak = std::weak_ptr(task)] {
     if (const auto self = weak.lock()) self->end({Code::kTimeout, 0, "send_layers: not complete by its deadline"});
   });
-  for (std::uint32_t layer = request.layers.first; layer < request.layers.first + request.layers.count; ++layer) {
-    for (std::uint32_t i = 0; i < request.block_ids.size(); ++i) {
-      WriteBlock write;
-      write.block = request.first_block + i;
-      write.extents = static_cast<std::uint32_t>(request.source->extents(layer, request.block_ids[i], write.source));
-      write.checksum = checksum(std::span<const Extent>(write.source).first(write.extents));
-      task->sender_->add(layer, std::move(write));
-    }
-  }
-  task->sender_->pump();
+  const auto blocks = static_cast<std::uint32_t>(task->request_.block_ids.size());
+  for (std::uint32_t i = 0; i < range.count; ++i) task->sender_->add(range.first + i, 0, blocks);
+  // Checksums and sockets come after the caller is back at work.
+  node.progress().post([weak = std::weak_ptr(task)] {
+    const auto self = weak.lock();
+    if (self && self->sender_) self->sender_->pump();
+  });
   return task;
+}
+
+void SendTask::describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>&, WriteBlock& out) {
+  out.block = request_.first_block + index;
+  out.extents = static_cast<std::uint32_t>(request_.source->extents(layer, request_.block_ids[index], out.source));
+  out.checksum = checksum(std::span<const Extent>(out.source).first(out.extents));
+}
+
+void SendTask::on_sent(std::size_t blocks, Outcome outcome) {
+  left_ -= blocks;
+  if (!outcome.ok()) return end({outcome.code, 0, "send_layers: the peer refused a write; is the grant still valid?"});
+  if (left_ == 0) end({});
 }
 
 void SendTask::on_link_closed(Link& link, const Status& why) {

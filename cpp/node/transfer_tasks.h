@@ -47,7 +47,7 @@ class GrantTask : public NodeTask, public GrantSink, public std::enable_shared_f
 };
 
 // The sending side.
-class SendTask : public NodeTask, public std::enable_shared_from_this<SendTask> {
+class SendTask : public NodeTask, public BlockSource, public std::enable_shared_from_this<SendTask> {
  public:
   // Throws Error. Progress thread.
   static std::shared_ptr<SendTask> begin(NodeState& node, const std::string& peer, SendRequest request);
@@ -57,11 +57,14 @@ class SendTask : public NodeTask, public std::enable_shared_from_this<SendTask> 
   void end(const Status& why);
   void on_link_closed(Link& link, const Status& why) override;
   void abort(const Status& why) override { end(why); }
+  void describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep, WriteBlock& out) override;
 
  private:
-  explicit SendTask(NodeState& node) : node_(node) {}
+  SendTask(NodeState& node, SendRequest request);
+  void on_sent(std::size_t blocks, Outcome outcome);
 
   NodeState& node_;
+  const SendRequest request_;
   Operation operation_;
   std::unique_ptr<LayerSender> sender_;
   std::uint64_t left_ = 0;

@@ -15,11 +15,13 @@
 
 namespace dualkv {
 
-// Reads `layers` of the file and its trailer to the same offsets of `slot` (as aligned extents that may cover more).
+// Reads `layers` of the file, and its trailer if wanted, to the same offsets of `slot` (as aligned extents that may
+// cover more).
 struct ReadRequest {
   std::uint64_t id = 0;
   std::string path;  // relative to the namespace directory
   LayerRange layers;
+  bool trailer = true;
   std::byte* slot = nullptr;  // file_bytes() long, borrowed until the completion is polled
 };
 
@@ -29,7 +31,7 @@ struct ReadCompletion {
   std::uint64_t bytes = 0;  // read from storage
 };
 
-// The byte runs of a file that a range of layers needs: one if they touch, else two (layers, trailer). Page aligned.
+// The byte runs of a file that a request needs: one if they touch, else two (layers, trailer). Page aligned.
 struct FileRuns {
   struct Run {
     std::uint64_t offset;
@@ -37,8 +39,9 @@ struct FileRuns {
   };
   Run runs[2];
   int count = 0;
+  std::uint64_t bytes() const { return runs[0].bytes + (count > 1 ? runs[1].bytes : 0); }
 };
-FileRuns file_runs(const KvGeometry& geometry, LayerRange layers);
+FileRuns file_runs(const KvGeometry& geometry, LayerRange layers, bool trailer);
 
 // Used on one thread. A short file is an error (kCorrupt); a missing one is kNotFound.
 class BlockReader {
@@ -52,6 +55,8 @@ class BlockReader {
   virtual std::size_t poll(std::span<ReadCompletion> out) noexcept = 0;
   // Readable when poll may return something.
   virtual int event_fd() const = 0;
+  // Nothing is wanted for now: gives back what is kept for the next request, such as open files.
+  virtual void idle() noexcept {}
   // Waits until the kernel can no longer write to any slot, at most until `deadline`. False if it still can: then
   // neither this reader nor the slots may be freed.
   virtual bool drain(Clock::time_point deadline) noexcept = 0;

@@ -39,6 +39,7 @@ class FaultyReader : public BlockReader {
   }
 
   int event_fd() const override { return inner_->event_fd(); }
+  void idle() noexcept override { inner_->idle(); }
 
   bool drain(Clock::time_point deadline) noexcept override { return inner_->drain(deadline); }
 

@@ -27,6 +27,7 @@ class LimitedReader : public BlockReader {
   }
 
   int event_fd() const override { return inner_->event_fd(); }
+  void idle() noexcept override { inner_->idle(); }
 
   bool drain(Clock::time_point deadline) noexcept override { return inner_->drain(deadline); }
 
@@ -50,9 +51,8 @@ class LimitedReader : public BlockReader {
     while (!waiting_.empty() && free_at_ - kBurst <= now) {
       inner_full_ = !inner_->try_submit(waiting_.front());
       if (inner_full_) break;
-      const FileRuns runs = file_runs(geometry_, waiting_.front().layers);
-      const double bytes = static_cast<double>(runs.runs[0].bytes + runs.runs[1].bytes * (runs.count > 1));
-      const auto cost = to_duration(bytes * seconds_per_byte_);
+      const FileRuns runs = file_runs(geometry_, waiting_.front().layers, waiting_.front().trailer);
+      const auto cost = to_duration(static_cast<double>(runs.bytes()) * seconds_per_byte_);
       free_at_ = std::max(free_at_, now) + cost;
       waiting_.pop_front();
       any = true;

@@ -16,10 +16,11 @@
 
 namespace dualkv {
 
-FileRuns file_runs(const KvGeometry& geometry, LayerRange layers) {
+FileRuns file_runs(const KvGeometry& geometry, LayerRange layers, bool trailer) {
   constexpr std::uint64_t kPage = KvGeometry::kPageBytes;
   const std::uint64_t begin = geometry.layer_offset(layers.first) / kPage * kPage;
   const std::uint64_t end = (geometry.layer_offset(layers.first + layers.count) + kPage - 1) / kPage * kPage;
+  if (!trailer) return {{{begin, end - begin}, {}}, 1};
   if (end == geometry.payload_bytes()) return {{{begin, geometry.file_bytes() - begin}, {}}, 1};
   return {{{begin, end - begin}, {geometry.payload_bytes(), geometry.trailer_bytes()}}, 2};
 }
@@ -112,7 +113,7 @@ class PreadReader : public BlockReader {
     const int flags = O_RDONLY | O_CLOEXEC | (access_.direct ? O_DIRECT : 0);
     const Fd fd(openat(access_.directory_fd, request.path.c_str(), flags));
     if (!fd.valid()) return {errno == ENOENT ? Code::kNotFound : Code::kIo, errno};
-    const FileRuns runs = file_runs(geometry_, request.layers);
+    const FileRuns runs = file_runs(geometry_, request.layers, request.trailer);
     for (int i = 0; i < runs.count; ++i) {
       const Outcome outcome = read_fully(fd.get(), request.slot, runs.runs[i], bytes);
       if (!outcome.ok()) return outcome;

@@ -46,9 +46,9 @@ void ReadQueue::close() {
   progress_.cancel(wake_);
   std::vector<std::function<void(ReadResult)>> told;
   for (ReadJob& job : waiting_) told.push_back(std::move(job.done));
-  for (auto& [id, job] : running_) {
-    directory_.unpin(job.key);
-    told.push_back(std::move(job.done));
+  for (auto& [id, running] : running_) {
+    directory_.unpin(running.job.key);
+    told.push_back(std::move(running.job.done));
   }
   waiting_.clear();
   if (!reader_->drain(Clock::now() + kDrainTime)) {
@@ -76,10 +76,11 @@ bool ReadQueue::start(ReadJob& job) {
   if (!job.slot) job.slot = pool_.try_acquire(SlotUse::kTransit);
   if (!job.slot) return false;
   const std::uint64_t id = next_id_;
-  if (!reader_->try_submit({id, block_path(job.key), job.layers, job.slot.get()})) return false;
+  const bool with_trailer = !job.trailer || job.trailer->bytes.empty();
+  if (!reader_->try_submit({id, block_path(job.key), job.layers, with_trailer, job.slot.get()})) return false;
   ++next_id_;
   directory_.pin(job.key);
-  running_.emplace(id, std::move(job));
+  running_.emplace(id, Running{std::move(job), with_trailer});
   return true;
 }
 
@@ -93,6 +94,8 @@ void ReadQueue::pump() {
   if (any) {
     meter_.busy(Clock::now());
     reader_->flush();
+  } else if (running_.empty()) {
+    reader_->idle();
   }
   schedule_wake();
 }
@@ -107,16 +110,27 @@ void ReadQueue::poll() {
   pump();
 }
 
+std::string ReadQueue::verify(const ReadJob& job, Slot& slot, bool with_trailer) {
+  const std::span<std::byte> image(slot.get(), geometry_.file_bytes());
+  const auto trailer = image.subspan(geometry_.payload_bytes());
+  if (!with_trailer) std::copy(job.trailer->bytes.begin(), job.trailer->bytes.end(), trailer.begin());
+  std::string wrong = check_image(geometry_, job.key, image, job.layers);
+  if (wrong.empty() && with_trailer && job.trailer) job.trailer->bytes.assign(trailer.begin(), trailer.end());
+  return wrong;
+}
+
 void ReadQueue::complete(const ReadCompletion& completion) {
   auto node = running_.extract(completion.id);
-  ReadJob& job = node.mapped();
+  ReadJob& job = node.mapped().job;
   directory_.unpin(job.key);
   const std::uint64_t bytes = job_bytes(geometry_, job.layers);
-  ReadResult result{completion.outcome, {}, std::move(job.slot)};
+  ReadResult result{completion.outcome, {}, std::move(job.slot), {}};
   if (!result.outcome.ok()) {
     result.reason = explain(completion);
   } else if (job.done) {
-    result.reason = check_image(geometry_, job.key, {result.slot.get(), geometry_.file_bytes()}, job.layers);
+    const auto begin = Clock::now();
+    result.reason = verify(job, result.slot, node.mapped().with_trailer);
+    result.verify_time = Clock::now() - begin;
     if (!result.reason.empty()) result.outcome = {Code::kCorrupt, 0};
   }
   meter_.add(bytes, Clock::now());
@@ -140,8 +154,8 @@ void ReadQueue::cancel(std::uint64_t owner) {
     dropped += job_bytes(geometry_, job.layers);
     return true;
   });
-  for (auto& [id, job] : running_) {
-    if (job.owner == owner) job.done = nullptr;
+  for (auto& [id, running] : running_) {
+    if (running.job.owner == owner) running.job.done = nullptr;
   }
   const std::lock_guard lock(counters_mutex_);
   counters_.queue_bytes -= dropped;

@@ -17,18 +17,25 @@
 
 namespace dualkv {
 
+// The trailer of a block that is read in pieces: read once, with the first of them.
+struct BlockTrailer {
+  std::vector<std::byte> bytes;  // empty until it is known and right
+};
+
 struct ReadResult {
   Outcome outcome;
-  std::string reason;  // of a failure: what is wrong with the block
-  Slot slot;           // holds the verified layers and the trailer
+  std::string reason;             // of a failure: what is wrong with the block
+  Slot slot;                      // holds the verified layers and the trailer
+  Clock::duration verify_time{};  // spent on checksums
 };
 
 struct ReadJob {
   std::uint64_t owner = 0;  // for cancel()
   Key key;
   LayerRange layers;
-  Slot slot;                             // null: one is taken from the pool when the job's turn comes
-  std::function<void(ReadResult)> done;  // on the progress thread
+  Slot slot;                              // null: one is taken from the pool when the job's turn comes
+  std::shared_ptr<BlockTrailer> trailer;  // shared by the jobs of a block; null if this is the only one
+  std::function<void(ReadResult)> done;   // on the progress thread
 };
 
 struct ReadCounters {
@@ -60,6 +67,8 @@ class ReadQueue {
   bool start(ReadJob& job);
   void poll();
   void complete(const ReadCompletion& completion);
+  // Empty if the bytes are right; else what is wrong.
+  std::string verify(const ReadJob& job, Slot& slot, bool with_trailer);
   void schedule_wake();
 
   Progress& progress_;
@@ -68,7 +77,11 @@ class ReadQueue {
   StagingPool pool_;
   std::unique_ptr<BlockReader> reader_;
   std::deque<ReadJob> waiting_;
-  std::unordered_map<std::uint64_t, ReadJob> running_;
+  struct Running {
+    ReadJob job;
+    bool with_trailer;
+  };
+  std::unordered_map<std::uint64_t, Running> running_;
   std::uint64_t next_id_ = 1;
   Progress::TimerId wake_ = 0;
   Clock::time_point wake_at_{};

@@ -167,10 +167,12 @@ StoreStats StoreState::stats() const {
   return stats;
 }
 
+constexpr auto kSpin = std::chrono::microseconds(50);  // as a node's by default
+
 // A store of its own has a progress thread of its own, which ends with it (and not on itself).
 static std::shared_ptr<StoreState> open_alone(const KvGeometry& geometry, const StoreOptions& options,
                                               const StagingPool& pool) {
-  const auto progress = std::make_shared<Progress>("dualkv-store");
+  const auto progress = std::make_shared<Progress>("dualkv-store", kSpin);
   auto* state = new StoreState(geometry, options, pool, progress);
   return std::shared_ptr<StoreState>(state, [progress](StoreState* ended) {
     delete ended;
@@ -251,7 +253,7 @@ Operation Store::read(std::span<const Key> keys, std::span<const Slot> slots, La
   std::vector<ReadJob> jobs;
   for (std::size_t i = 0; i < keys.size(); ++i) {
     StoreState* store = state_.get();  // outlives its queue, which holds the callback
-    jobs.push_back({call->owner, keys[i], layers, slots[i],
+    jobs.push_back({call->owner, keys[i], layers, slots[i], nullptr,
                     [store, call, key = keys[i]](ReadResult result) { finish_one(*store, call, key, result); }});
   }
   // Raw: the last handle's end waits in line behind this task, and must not happen on the progress thread.

@@ -96,18 +96,19 @@ class LoopbackLink : public Link, public std::enable_shared_from_this<LoopbackLi
     });
   }
 
-  bool try_write(LayerWrite& write) override {
+  bool can_write(Lane lane, std::uint64_t bytes) const override {
+    return open_ && (lane_bytes(lane) == 0 || lane_bytes(lane) + bytes <= window_);
+  }
+
+  void write(LayerWrite write) override {
     const std::uint64_t bytes = write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
-    std::uint64_t& in_flight = lane_bytes_[static_cast<int>(write.lane)];
-    if (!open_ || (in_flight > 0 && in_flight + bytes > window_)) return false;
-    in_flight += bytes;
+    lane_bytes_[static_cast<int>(write.lane)] += bytes;
     stats_.bytes_sent[static_cast<int>(write.lane)] += bytes;
     const auto flight = std::make_shared<Flight>();
     flight->write = std::move(write);
     flight->bytes = bytes;
     flights_.emplace(flight->write.id, flight);
     tell([flight](LoopbackLink& there) { there.receive(*flight); });
-    return true;
   }
 
   void withdraw(std::uint64_t owner) override {

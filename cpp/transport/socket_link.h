@@ -69,19 +69,19 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     if (control_->queued_bytes() > kMaxQueuedMessageBytes) close({Code::kPeerLost, 0, "the peer reads no messages"});
   }
 
-  bool try_write(LayerWrite& write) override {
+  bool can_write(Lane lane, std::uint64_t bytes) const override {
+    return open_ && (lane_bytes(lane) == 0 || lane_bytes(lane) + bytes <= options_.window_bytes);
+  }
+
+  void write(LayerWrite write) override {
     const std::uint64_t bytes = write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
-    std::uint64_t& in_flight = lane_bytes_[static_cast<int>(write.lane)];
-    // A single write may exceed the window, or a block larger than the window could never be sent.
-    if (!open_ || (in_flight > 0 && in_flight + bytes > options_.window_bytes)) return false;
     auto& channels = lanes_[static_cast<int>(write.lane)];
     const auto channel = std::min_element(channels.begin(), channels.end(), [](const auto& a, const auto& b) {
       return a->queued_bytes() < b->queued_bytes();
     });
-    in_flight += bytes;
+    lane_bytes_[static_cast<int>(write.lane)] += bytes;
     (*channel)->send(frame_of(write));
     pending_.emplace(write.id, Pending{std::move(write), bytes, *channel});
-    return true;
   }
 
   void withdraw(std::uint64_t owner) override {

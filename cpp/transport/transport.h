@@ -37,7 +37,6 @@ struct LayerWrite {
   std::vector<WriteBlock> blocks;
 };
 
-// What every write of the lane must fit in is the link's window: full is back-pressure.
 class Link {
  public:
   virtual ~Link() = default;
@@ -45,9 +44,11 @@ class Link {
   virtual bool open() const = 0;
   // Queues a control message; the queue is bounded by closing a link whose peer does not read.
   virtual void send(std::span<const std::byte> message) = 0;
-  // False if the lane's window is full (try again after an on_write_done) or the link is closed; `write` is
-  // untouched then.
-  virtual bool try_write(LayerWrite& write) = 0;
+  // False if the lane's window has no room for so many bytes (ask again after an on_write_done) or the link is closed.
+  // An idle lane takes a write of any size, or a block larger than the window could never be sent.
+  virtual bool can_write(Lane lane, std::uint64_t bytes) const = 0;
+  // Only after can_write() said yes.
+  virtual void write(LayerWrite write) = 0;
   // Gives the source memory of the owner's writes back at once: what has not left is dropped, no on_write_done
   // follows.
   virtual void withdraw(std::uint64_t owner) = 0;

@@ -39,12 +39,23 @@ struct NodeOptions {
   std::uint64_t write_window_bytes = std::uint64_t{16} << 20;  // unacknowledged bytes per link and lane
   double heartbeat_s = 0.1;                                    // a view is sent at least this often
   double peer_silence_s = 2.0;                                 // a link that received nothing for this long is lost
-  double handshake_s = 2.0;        // a connection that has not proved itself by then is closed
-  double reconnect_max_s = 2.0;    // longest pause between attempts to reach a lost peer
-  double stall_s = 2.0;            // a node with reads waiting that finished none for this long has failed
-  std::uint32_t max_loads = 4096;  // loads in progress, and loads served for peers
+  double handshake_s = 2.0;         // a connection that has not proved itself by then is closed
+  double reconnect_max_s = 2.0;     // longest pause between attempts to reach a lost peer
+  std::uint32_t spin_us = 50;       // the progress thread looks this long for more work before it sleeps; 0 = never
+  double stall_s = 2.0;             // a node with reads waiting that finished none for this long has failed
+  std::uint32_t max_loads = 16384;  // loads in progress, and loads served for peers
   std::uint32_t max_peers = 1024;
   std::shared_ptr<LoopbackHub> loopback;
+};
+
+// When a side's storage read a group of layers of its blocks. Seconds since the load began; of another node, since it
+// heard of the load, which is a message's way later.
+struct ReadTimes {
+  LayerRange layers;
+  double begin_s = 0;   // the first block of the group was asked for
+  double end_s = 0;     // the last one was read and verified
+  double verify_s = 0;  // of that, spent on checksums
+  std::uint64_t bytes = 0;
 };
 
 // How much went which way, and when (seconds since the load began).
@@ -55,14 +66,20 @@ struct PathResult {
   std::uint64_t bytes = 0;
   double first_s = 0;
   double last_s = 0;
-  std::vector<double> layer_done_s;  // when this side's last byte of each layer arrived; 0 = nothing came
+  std::vector<double> layer_first_s;  // when this side's first and last byte of each layer arrived; 0 = nothing came
+  std::vector<double> layer_done_s;
+  std::vector<ReadTimes> reads;  // known when the load has ended; of other nodes, if they got to report them
 };
 
 struct LoadResult {
-  std::string reason;  // the plan's
+  std::string reason;    // the plan's
+  double started_s = 0;  // when the load began, on CLOCK_MONOTONIC
   std::vector<PathResult> paths;
   std::vector<double> layer_ready_s;
-  std::vector<double> layer_published_s;  // when publish(layer) was called; 0 = never
+  std::vector<double> layer_wait_begin_s;  // first wait(layer) that had to wait, and its end; 0 = none had to
+  std::vector<double> layer_wait_end_s;
+  std::vector<double> layer_published_s;     // when publish(layer) was called; 0 = never
+  std::vector<double> layer_publish_done_s;  // when the decode node had verified the layer; 0 = never
   std::uint64_t bytes_published = 0;
   std::uint32_t failovers = 0;  // blocks that a second side had to read
   double seconds = 0;
@@ -76,6 +93,9 @@ struct LoadRequest {
   std::vector<std::uint32_t> block_ids;
   double deadline_s = 30;
   std::uint32_t window_layers = 0;  // layers the cache can hold at once; 0 = all. release(layer) returns credit
+  // Layers that storage reads at once; 0 = whole blocks, or half a window. Fewer: the first layers are ready after
+  // their share of the bytes, at the price of more and smaller reads.
+  std::uint32_t layers_per_read = 0;
 };
 
 class LoadTask;
@@ -89,8 +109,11 @@ class Load {
   std::uint32_t layers() const;
   // Milestones 0..layers-1: the layer is in place. Milestone `layers`: finished.
   const std::shared_ptr<Milestones>& milestones() const;
-  // Blocks until every byte of `layer` is in place. Status as in Milestones::wait.
+  // Blocks until every byte of `layer` is in place. Status as in Milestones::wait. The first wait of a layer is in the
+  // result, for timelines.
   Status wait(std::uint32_t layer, Clock::time_point until = Clock::time_point::max()) const;
+  // For those who wait in another way, through milestones(): the wait that began then has ended now.
+  void note_wait(std::uint32_t layer, Clock::time_point begin) const;
   // The layer's new KV is in the cache: send it, and what the decode node did not read itself, on the LOW lane.
   void publish(std::uint32_t layer);
   // The engine no longer needs this layer's window slot (window_layers > 0): one more layer of credit.

@@ -18,6 +18,7 @@ from dualkv.policy import (
     Split,
 )
 from dualkv.storage import StagingPool, Store
+from dualkv.timeline import chrome_trace
 from dualkv.waiting import Notifier, Operation
 
 __version__ = "0.1.0"
@@ -47,4 +48,5 @@ __all__ = [
     "Store",
     "block_keys",
     "checksum",
+    "chrome_trace",
 ]

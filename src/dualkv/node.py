@@ -1,6 +1,7 @@
 """A node and what runs on it: loads, hand-overs, grants."""
 
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ _NODE_OPTIONS = {
     "peer_silence_s",
     "handshake_s",
     "reconnect_max_s",
+    "spin_us",
     "stall_s",
     "max_loads",
     "max_peers",
@@ -72,11 +74,17 @@ class Load:
         Raises:
             Error: why the load failed; ``timeout`` if it is still in progress after ``timeout_s``.
         """
-        self._milestones.wait(self._layer(layer), timeout_s)
+        self._core.wait(self._layer(layer), timeout_s)
 
     async def layer(self, layer: int) -> None:
         """The awaitable form of :meth:`wait`."""
-        await until(self._milestones, self._layer(layer))
+        if self.ready(layer):
+            return
+        began_s = time.monotonic()
+        try:
+            await until(self._milestones, self._layer(layer))
+        finally:
+            self._core.note_wait(layer, began_s)
 
     def notify(self, layer: int, notifier: Notifier, token: int) -> None:
         """Puts ``token`` on the notifier when the layer is in place or the load has failed."""
@@ -101,8 +109,12 @@ class Load:
         """Blocks until all layers are in place and all published KV has arrived.
 
         Returns:
-            ``{reason, paths [{node, path, blocks, bytes, first_s, last_s, layer_done_s}], layer_ready_s,
-            layer_published_s, bytes_published, failovers, seconds}``.
+            ``{reason, started_s, paths, layer_ready_s, layer_wait_begin_s, layer_wait_end_s, layer_published_s,
+            layer_publish_done_s, bytes_published, failovers, seconds}``. ``started_s`` is on ``time.monotonic()``'s
+            clock, all other times are seconds since then, 0 = it did not happen. ``paths`` has an entry a node:
+            ``{node, path, blocks, bytes, first_s, last_s, layer_first_s, layer_done_s, reads}``, where ``reads`` says
+            when its storage read which layers: ``[{first_layer, layers, begin_s, end_s, verify_s, bytes}]``.
+            :func:`dualkv.chrome_trace` turns it into a timeline.
         """
         self._milestones.wait(self._core.layers, timeout_s)
         return self.result()
@@ -362,6 +374,7 @@ class Node:
         block_ids: ArrayLike,
         deadline_s: float = 30,
         window_layers: int = 0,
+        layers_per_read: int = 0,
     ) -> Load:
         """Starts a load; returns at once.
 
@@ -371,12 +384,15 @@ class Node:
             block_ids: where the prompt's blocks go, ``[blocks]``: first the hit's, then those prefill will compute.
             deadline_s: the load has ended by then, well or not.
             window_layers: layers the cache can hold at once, 0 = all; see :meth:`Load.release`.
+            layers_per_read: layers that storage reads at once, 0 = whole blocks (or half a window). Fewer layers: the
+                first ones are ready after their share of the bytes, at the price of more and smaller reads.
 
         Raises:
             Error: ``invalid_argument``, ``peer_lost``, ``no_space`` (the decode node's staging can't hold the
                 prompt): nothing was reserved.
         """
-        return Load(self._core.load(plan, into, block_ids_array(block_ids), deadline_s, window_layers), into)
+        ids = block_ids_array(block_ids)
+        return Load(self._core.load(plan, into, ids, deadline_s, window_layers, layers_per_read), into)
 
     def incoming(self, load_id: int, deadline_s: float = 30) -> Incoming:
         """The hand-over of a load to this node, also before the prefill node has begun it. Returns at once.

@@ -231,6 +231,7 @@ TEST_F(BlockDirectoryTest, NeverEvictsABlockBeingRead) {
   Store store = open(options);
   const auto into = slots(1);
   const Operation read = store.read({&keys_[5], 1}, into, all_layers(), in(600));
+  store.state().progress().run([] {});  // the read has been submitted
   ASSERT_TRUE(eventually([&] {
     store.collect(0);
     return files().size() <= 6;

@@ -43,6 +43,8 @@ std::vector<Message> samples() {
       BlocksFailed{51, Code::kIo, -5, "read failed", {9, 8, 7}},
       BlocksFailed{52, Code::kCorrupt, 0, "", {}},
       CloseLoad{61, Code::kCancelled, "the caller"},
+      ReadReport{71, {{{1, 2}, 0.5, 0.75, 0.125, 99}, {{3, 4}, 1.5, 2.25, 0, ~std::uint64_t{0}}}},
+      ReadReport{72, {}},
   };
 }
 
@@ -125,7 +127,8 @@ void expect_canonical(const Bytes& bytes, const std::string& about) {
 TEST(Messages, EveryTruncationIsRefusedOrIsAShorterList) {
   for (const Message& message : samples()) {
     const Bytes bytes = encode_message(message);
-    const bool list = std::holds_alternative<ReadBlocks>(message) || std::holds_alternative<BlocksFailed>(message);
+    const bool list = std::holds_alternative<ReadBlocks>(message) || std::holds_alternative<BlocksFailed>(message) ||
+                      std::holds_alternative<ReadReport>(message);
     for (std::size_t size = 0; size < bytes.size(); ++size) {
       const Bytes cut(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(size));
       EXPECT_TRUE(list || !decode_message(cut)) << message.index() << " cut to " << size;
