@@ -1,0 +1,51 @@
+"""The one table of fallbacks: what happened, the cure, and the check that looks at the cause (docs/settings.md)."""
+
+import dataclasses
+
+from dualkv.doctor.check import STAGING_BYTES
+from dualkv.sizes import format_size
+
+HUGE_PAGE_BYTES = 2 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """A fallback the library counts. ``check`` may know a cure for this very machine, which then goes first."""
+
+    what: str
+    cure: str
+    check: str
+
+
+_MEMLOCK = "raise the memlock limit (`ulimit -l`, `LimitMEMLOCK=infinity`, `--ulimit memlock=-1`)"
+
+FALLBACKS = {
+    "no_direct": Fallback(
+        "the file system refuses O_DIRECT: reads go through the page cache",
+        'another file system, or direct="off"',
+        "O_DIRECT",
+    ),
+    "no_uring": Fallback(
+        "io_uring is not built in or refused: four threads read",
+        "liburing's headers when building; `sysctl kernel.io_uring_disabled=0`; a seccomp profile that permits "
+        'io_uring_setup; a higher memlock limit; or backend="pread"',
+        "io_uring",
+    ),
+    "uring_buffers_not_registered": Fallback(
+        "the kernel maps staging anew for each read", f"{_MEMLOCK}; blocks of at most 1 GiB", "registered buffers"
+    ),
+    "staging_not_locked": Fallback(
+        "mlock was refused: staging may be paged out", f"{_MEMLOCK}; or lock_memory=False", "memlock"
+    ),
+    "no_huge_pages": Fallback(
+        "no huge pages were left for staging",
+        f"`sysctl vm.nr_hugepages={STAGING_BYTES // HUGE_PAGE_BYTES}` for each {format_size(STAGING_BYTES)} of "
+        "staging; or huge_pages=False",
+        "huge pages",
+    ),
+    "lane_not_marked": Fallback(
+        "a socket refused its DSCP or priority: that connection's lane is not told apart",
+        "CAP_NET_ADMIN for priorities above 6, or lower ones",
+        "TCP marks",
+    ),
+}
