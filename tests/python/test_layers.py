@@ -17,12 +17,13 @@ CPP = {
     "transport": {"base", "memory", "shim", "transport"},
     "policy": {"base", "policy"},
     "node": {"base", "memory", "node", "policy", "storage", "transport"},
+    "limits": {"base", "limits", "memory", "shim"},
 }
 # Vendor headers and the one file that may include each.
 VENDOR = {
     "liburing.h": "cpp/shim/uring.h",
     "monocypher/monocypher.h": "cpp/base/hash.cpp",
-    "xxhash/xxhash.h": "cpp/base/hash.cpp",
+    "xxhash/xxhash.h": "cpp/base/checksum_kernel.h",
 }
 # Package under src/dualkv -> packages of dualkv it may import. "" is the top level.
 PYTHON = {
@@ -30,8 +31,10 @@ PYTHON = {
     "traces": {"traces"},
     "engines": {"", "engines"},
     "demo": {"", "demo", "traces"},
-    "report": {"", "demo", "report"},
-    "cli": {"", "cli", "demo", "report"},
+    "report": {"", "bench", "demo", "report"},
+    "doctor": {"", "doctor"},
+    "bench": {"", "bench"},
+    "cli": {"", "bench", "cli", "demo", "doctor", "report"},
 }
 
 

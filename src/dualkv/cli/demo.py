@@ -2,33 +2,18 @@
 
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dualkv.cli import values
+from dualkv.cli.progress import bars
 from dualkv.demo.cluster import Topology
 from dualkv.demo.results import DemoResult, ModeRun
 from dualkv.demo.run import MODES, DemoOptions, run_demo
-from dualkv.sizes import format_size, parse_size
-
-
-class _Bars:
-    """Live progress on stderr, a bar a stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def stage(self, name: str, steps: int) -> Callable[[], None]:
-        task = self._progress.add_task(name, total=steps)
-        return lambda: self._progress.advance(task)
-
-
-def _size(_: click.Context, __: click.Parameter, value: str) -> int:
-    return parse_size(value)
+from dualkv.sizes import format_size
 
 
 def _topologies(_: click.Context, __: click.Parameter, value: str) -> tuple[Topology, ...]:
@@ -36,14 +21,6 @@ def _topologies(_: click.Context, __: click.Parameter, value: str) -> tuple[Topo
         return tuple(Topology.parse(item) for item in value.split(","))
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
-
-
-def _modes(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    modes = tuple(value.split(","))
-    unknown = [mode for mode in modes if mode not in MODES]
-    if unknown:
-        raise click.BadParameter(f"unknown mode {', '.join(unknown)}; known are {', '.join(MODES)}")
-    return modes
 
 
 @click.command(epilog="Example: dualkv demo --topology 1P2D --agents 8 --html report.html")
@@ -55,7 +32,9 @@ def _modes(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     metavar="NPMD[,...]",
     help="Prefill and decode engines; several are run one after another.",
 )
-@click.option("--modes", default=",".join(MODES), callback=_modes, show_default=True, help="What to compare.")
+@click.option(
+    "--modes", default=",".join(MODES), callback=values.names(*MODES), show_default=True, help="What to compare."
+)
 @click.option(
     "--engine",
     type=click.Choice(["torch", "modelled"]),
@@ -87,7 +66,7 @@ def _modes(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
 @click.option(
     "--snic-limit",
     default="200MB/s",
-    callback=_size,
+    callback=values.size,
     show_default=True,
     help="Read limit of each engine's storage; 0 = none.",
 )
@@ -96,20 +75,18 @@ def _modes(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a report with plots.")
-def demo(as_json: bool, html: str | None, topology: tuple[Topology, ...], **values: Any) -> None:
+def demo(as_json: bool, html: str | None, topology: tuple[Topology, ...], **others: Any) -> None:
     """Compare load paths on this machine.
 
     Starts prefill and decode engines as processes, gives each a storage NIC of limited speed, and replays multi-turn
     agents against real files: basic (prefill side reads all), dualpath (the side with the shorter queue reads),
     split (all sides read one request together), oracle (hits cost nothing).
     """
-    options = DemoOptions(topologies=topology, **values)
+    options = DemoOptions(topologies=topology, **others)
     if html:
         _check_report()
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        result = run_demo(options, _Bars(progress))
+    with bars() as shown:
+        result = run_demo(options, shown)
     if html:
         from dualkv.report.html import write_demo_report
 

@@ -5,7 +5,9 @@ import sys
 import click
 
 import dualkv
+from dualkv.cli.bench import bench
 from dualkv.cli.demo import demo
+from dualkv.cli.doctor import doctor
 from dualkv.cli.store import store
 
 
@@ -17,11 +19,14 @@ def cli() -> None:
     \b
     Example:
       dualkv demo                      basic against dualpath, split and oracle, on this machine
+      dualkv doctor /mnt/kv            what this machine can do, and what to change
       dualkv store verify /mnt/kv ...  check every stored block
     """
 
 
+cli.add_command(bench)
 cli.add_command(demo)
+cli.add_command(doctor)
 cli.add_command(store)
 
 

@@ -1,42 +1,16 @@
 """The demo's report: one HTML file that needs nothing else."""
 
 import dataclasses
-import html
 import json
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 
 from dualkv.demo.results import DemoResult, ModeRun
 from dualkv.demo.run import DemoOptions
-from dualkv.errors import Error
 from dualkv.report import plots, timeline
+from dualkv.report.page import figure, page, text, write
 
 _TITLE = "dualkv demo: loading KV cache over two paths"
-
-_CSS = """
-:root { color-scheme: light dark; --ink: #1c2026; --page: #ffffff; --soft: #5c6672; --line: #d6dbe1; --band: #f4f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e3e7ec; --page: #14171b; --soft: #9aa5b1; --line: #343b44; --band: #1c2127; }
-}
-body { margin: 0 auto; padding: 1.5rem; max-width: 70rem; color: var(--ink); background: var(--page);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.8rem 0 0.2rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1rem; }
-dt { font-weight: 600; } dd { margin: 0; }
-.soft { color: var(--soft); font-size: 0.9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.4rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { vertical-align: bottom; white-space: pre; } td.name, th.name { text-align: left; }
-tbody tr:nth-child(even) { background: var(--band); }
-.bad { color: #d6456b; font-weight: 600; }
-figure { margin: 0.5rem 0 1rem; } svg { display: block; width: 100%; height: auto; }
-svg text { font-family: system-ui, sans-serif !important; }
-pre { overflow-x: auto; padding: 0.8rem; background: var(--band); font-size: 0.8rem; }
-footer { margin-top: 3rem; border-top: 1px solid var(--line); }
-"""
 
 # What each value of a label means. {limit} is the SNIC limit.
 _LABELS = {
@@ -77,10 +51,6 @@ _EXACT = {
 }
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
 def _rate(limit: int) -> str:
     return f"{limit / 1e6:g} MB/s" if limit else "nothing"
 
@@ -91,13 +61,13 @@ def _labels(labels: dict[str, str], options: DemoOptions) -> str:
         meaning = _LABELS.get(name, {}).get(value, "").format(limit=_rate(options.snic_limit))
         if name == "topology":
             meaning = _TOPOLOGY_MEANING
-        said = f"<strong>{_text(value)}</strong>" + (f": {_text(meaning)}" if meaning else "")
-        rows.append(f"<dt>{_text(name)}</dt><dd>{said}</dd>")
+        said = f"<strong>{text(value)}</strong>" + (f": {text(meaning)}" if meaning else "")
+        rows.append(f"<dt>{text(name)}</dt><dd>{said}</dd>")
     return f"<dl>{''.join(rows)}</dl>"
 
 
 def _modes() -> str:
-    said = "".join(f"<dt>{_text(mode)}</dt><dd>{_text(meaning)}</dd>" for mode, meaning in _MODES.items())
+    said = "".join(f"<dt>{text(mode)}</dt><dd>{text(meaning)}</dd>" for mode, meaning in _MODES.items())
     intro = "Agents hold long conversations; the KV of what was said is on storage. The modes differ in who reads it:"
     return f"<p>{intro}</p><dl>{said}</dl>"
 
@@ -121,8 +91,8 @@ def _failures(run: ModeRun) -> str:
 
 # Heading, and the cell's HTML.
 _COLUMNS: tuple[tuple[str, Callable[[ModeRun], str]], ...] = (
-    ("topology", lambda run: _text(run.topology)),
-    ("mode", lambda run: _text(run.mode)),
+    ("topology", lambda run: text(run.topology)),
+    ("mode", lambda run: text(run.mode)),
     ("JCT\ns", lambda run: f"{run.jct_s:.2f}"),
     ("speed-up\nover\nbasic", lambda run: f"{run.speedup:.2f}x" if run.speedup else "-"),
     ("prompt\ntokens/s", lambda run: f"{run.prompt_tokens_per_s:,.0f}"),
@@ -145,7 +115,7 @@ def _table(runs: Sequence[ModeRun]) -> str:
         names = [f'<{tag} class="name">{value}</{tag}>' for value in values[:_NAMES]]
         return "".join(names + [f"<{tag}>{value}</{tag}>" for value in values[_NAMES:]])
 
-    head = cells("th", [_text(heading) for heading, _ in _COLUMNS])
+    head = cells("th", [text(heading) for heading, _ in _COLUMNS])
     body = "".join(f"<tr>{cells('td', [cell(run) for _, cell in _COLUMNS])}</tr>" for run in runs)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -153,23 +123,17 @@ def _table(runs: Sequence[ModeRun]) -> str:
 def _notes(runs: Sequence[ModeRun]) -> str:
     """Every failure, and what the nodes had to do without."""
     items = [f"{run.topology} {run.mode}: {failure}" for run in runs for failure in run.failures]
-    failures = f"<h3>Failures</h3><ul>{''.join(f'<li>{_text(item)}</li>' for item in items)}</ul>" if items else ""
+    failures = f"<h3>Failures</h3><ul>{''.join(f'<li>{text(item)}</li>' for item in items)}</ul>" if items else ""
     without = sorted({what for run in runs for what, count in run.fallbacks.items() if count})
     if without:
-        failures += f'<p class="soft">Fallbacks the nodes took: {_text(", ".join(without))}.</p>'
+        failures += f'<p class="soft">Fallbacks the nodes took: {text(", ".join(without))}.</p>'
     return failures
-
-
-def _figure(heading: str, svg: str, caption: str, otherwise: str) -> str:
-    if not svg:
-        return f'<h3>{_text(heading)}</h3><p class="soft">{_text(otherwise)}</p>'
-    return f'<h3>{_text(heading)}</h3><figure>{svg}<figcaption class="soft">{_text(caption)}</figcaption></figure>'
 
 
 def _speedups(runs: Sequence[ModeRun]) -> str:
     svg = plots.speedup(runs, "speedup")
     caption = "Basic's JCT over each mode's; higher is better."
-    return _figure("Speed-up over basic", svg, caption, "There is no basic run to compare with.")
+    return figure("Speed-up over basic", svg, caption, "There is no basic run to compare with.")
 
 
 def _timelines(runs: Sequence[ModeRun], name: str) -> str:
@@ -181,8 +145,8 @@ def _timelines(runs: Sequence[ModeRun], name: str) -> str:
         "decode node. An engine computes one request at a time, so there may be a gap before its first bar."
     )
     svg = timeline.timeline(picks, name)
-    said = _figure("One request, layer by layer", svg, caption, "There is no request to show.")
-    return said + "".join(f'<p class="soft">{_text(sentence)}</p>' for sentence in missing)
+    said = figure("One request, layer by layer", svg, caption, "There is no request to show.")
+    return said + "".join(f'<p class="soft">{text(sentence)}</p>' for sentence in missing)
 
 
 def _topology(runs: Sequence[ModeRun], topology: str, number: int, options: DemoOptions) -> str:
@@ -190,15 +154,15 @@ def _topology(runs: Sequence[ModeRun], topology: str, number: int, options: Demo
     mine = [run for run in runs if run.topology == topology]
     return "".join(
         (
-            f"<h2>{_text(topology)}</h2>",
-            _figure(
+            f"<h2>{text(topology)}</h2>",
+            figure(
                 "Storage bandwidth of each engine",
                 plots.bandwidth(mine, options.snic_limit, f"bandwidth-{number}"),
                 "Bytes each engine's node read from storage between one sample and the next; a burst after a pause "
                 "may exceed the limit for one sample.",
                 "Nothing was sampled.",
             ),
-            _figure(
+            figure(
                 "Time to first token",
                 plots.ttft(mine, f"ttft-{number}"),
                 "Over all turns of all agents; further left is better.",
@@ -220,32 +184,23 @@ def _page(result: DemoResult, options: DemoOptions) -> str:
     topologies = list(dict.fromkeys(run.topology for run in result.runs))
     exact = _EXACT.get(result.labels.get("engine", ""), "")
     parts = [
-        f"<h1>{_text(_TITLE)}</h1>",
+        f"<h1>{text(_TITLE)}</h1>",
         "<h2>What ran, and what was emulated</h2>",
         _labels(result.labels, options),
         "<h2>Modes</h2>",
         _modes(),
         "<h2>Results</h2>",
         _table(result.runs),
-        f'<p class="soft">{_text(_MEASURES + exact)}</p>',
+        f'<p class="soft">{text(_MEASURES + exact)}</p>',
         _notes(result.runs),
         _speedups(result.runs),
         *(_topology(result.runs, topology, i, options) for i, topology in enumerate(topologies)),
-        f'<footer><h3>Options</h3><pre id="options">{_text(options_json(options))}</pre></footer>',
+        f'<footer><h3>Options</h3><pre id="options">{text(options_json(options))}</pre></footer>',
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join(part for part in parts if part)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{_text(_TITLE)}</title><style>{_CSS}</style></head>\n'
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return page(_TITLE, parts)
 
 
 def write_demo_report(result: DemoResult, path: str | os.PathLike[str], options: DemoOptions) -> None:
     """Writes ``result`` as one HTML file without scripts or links; needs matplotlib (``dualkv[report]``)."""
     plots.require_matplotlib()
-    page = _page(result, options)
-    try:
-        pathlib.Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise Error(f"report: can't write {os.fspath(path)!r}: {error}", "io", error.errno or 0) from error
+    write(_page(result, options), path)

@@ -1,0 +1,1 @@
+"""Microbenchmarks of the data plane: each figure beside its physical limit, and beside released peers."""

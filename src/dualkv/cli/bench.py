@@ -1,0 +1,293 @@
+"""``dualkv bench``: the data plane against physical limits and released peers. Commands import what they run."""
+
+import functools
+import json
+import os
+import pathlib
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dualkv.cli import values
+from dualkv.errors import Error
+
+if TYPE_CHECKING:
+    from dualkv.bench.compare import Comparison
+    from dualkv.bench.measure import Stage
+    from dualkv.bench.results import BenchResult
+
+    Measurement = Callable[[Stage], BenchResult]
+
+_WIDTH = 120
+
+
+@click.group()
+def bench() -> None:
+    """Measure the data plane.
+
+    Every figure stands beside what the machine could do, measured in the same run, in turns.
+    """
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a result goes."""
+
+    as_json: bool
+    html: str | None
+    save: str | None
+
+    def check(self) -> None:
+        """Raises Error for what could not be written, before anything is measured."""
+        if self.html:
+            from dualkv.report.plots import require_matplotlib
+
+            require_matplotlib()
+        for path in filter(None, (self.html, self.save)):
+            folder = pathlib.Path(path).absolute().parent
+            if not os.access(folder, os.W_OK):
+                raise Error(f"bench: can't write to {str(folder)!r}", "io")
+
+    def run(self, measure: "Measurement") -> None:
+        """Measures with bars on stderr, then writes everything that was asked for."""
+        from dualkv.cli.progress import bars
+
+        self.check()
+        # Ended from outside, it still removes its files and ends its processes.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        with bars() as shown:
+            result = measure(shown.stage)
+        result.command = shlex.join(["dualkv", *sys.argv[1:]])
+        if self.save:
+            result.save(self.save)
+        if self.html:
+            from dualkv.report.bench import write_bench_report
+
+            write_bench_report(result, self.html)
+        if self.as_json:
+            click.echo(json.dumps(result.to_json(), indent=2))
+        else:
+            print_result(result)
+
+
+def measured(*, repeats: int, quick: dict[str, Any]) -> Callable[[Callable[..., "Measurement"]], Callable[..., None]]:
+    """The options that all benchmarks have. The command below it returns what measures, given a stage.
+
+    Args:
+        repeats: default.
+        quick: values that ``--quick`` gives to options that were left out.
+    """
+
+    def decorate(command: Callable[..., "Measurement"]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(as_json: bool, html: str | None, save: str | None, quickly: bool, **options: Any) -> None:
+            if quickly:
+                options |= {name: value for name, value in quick.items() if _left_out(name)}
+            Output(as_json, html, save).run(command(**options))
+
+        for option in reversed(_common_options(repeats)):
+            run = option(run)
+        return run
+
+    return decorate
+
+
+def _left_out(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.DEFAULT
+
+
+def _common_options(repeats: int) -> list[Callable[[Any], Any]]:
+    path = click.Path(dir_okay=False)
+    return [
+        click.option("--repeats", type=click.IntRange(1, 1000), default=repeats, show_default=True),
+        click.option("--warmup", type=click.IntRange(0, 100), default=1, show_default=True, help="Repeats to drop."),
+        click.option("--quick", "quickly", is_flag=True, help="Little data, few repeats: to see that it works."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of tables."),
+        click.option("--html", type=path, help="Write a report with plots."),
+        click.option("--save", type=path, help="Write the result, for compare."),
+    ]
+
+
+def _sizes_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--block-bytes", default=default, callback=values.sizes, show_default=True, metavar="SIZE[,...]"
+    )
+
+
+def _total_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--total", default=default, callback=values.size, show_default=True, metavar="SIZE", help="Of all blocks."
+    )
+
+
+_count = click.option("--count", type=click.IntRange(1, 10_000_000), help="Blocks, instead of --total.")
+_path = click.option(
+    "--path",
+    type=click.Path(exists=True, file_okay=False, writable=True, resolve_path=True),
+    default=".",
+    show_default=True,
+    help="Where files are written and read; removed in the end.",
+)
+_direct = click.option(
+    "--direct/--no-direct", default=True, show_default=True, help="O_DIRECT, or through an emptied page cache."
+)
+_nixl_python = click.option("--nixl-python", metavar="PYTHON", help="Interpreter of an environment with NIXL.")
+_depth_help = "Blocks being read at once; the default is the store's."
+
+
+@bench.command(epilog="Example: dualkv bench storage --path /mnt/kv --block-bytes 256KiB,1MiB --html storage.html")
+@measured(repeats=5, quick={"total": 8 << 20, "block_bytes": (64 << 10, 256 << 10), "repeats": 2})
+@_path
+@_sizes_option("64KiB,256KiB,1MiB,4MiB")
+@_total_option("256MiB")
+@_count
+@click.option("--depth", default="32", callback=values.numbers, show_default=True, metavar="N[,...]", help=_depth_help)
+@_direct
+@click.option("--fio", is_flag=True, help="fio as a second limit.")
+@_nixl_python
+def storage(**options: Any) -> "Measurement":
+    """Read blocks, a file each and verified, against a bare io_uring loop over one file."""
+    from dualkv.bench.storage import StorageOptions, run_storage
+
+    return functools.partial(run_storage, StorageOptions(**options))
+
+
+@bench.command(epilog="Example: dualkv bench transfer --transport tcp --block-bytes 64KiB --count 15000")
+@measured(repeats=7, quick={"total": 8 << 20, "block_bytes": (64 << 10,), "connections": (1, 2), "repeats": 2})
+@click.option(
+    "--transport",
+    default="tcp,shm,loopback",
+    callback=values.names("tcp", "shm", "loopback"),
+    show_default=True,
+    metavar="NAME[,...]",
+)
+@_sizes_option("64KiB,256KiB,1MiB")
+@_total_option("512MiB")
+@_count
+@click.option(
+    "--connections", default="1,2,4", callback=values.numbers, show_default=True, metavar="N[,...]", help="Of tcp."
+)
+def transfer(**options: Any) -> "Measurement":
+    """Send blocks to another node, which verifies them, against bare sockets (tcp) or memcpy (shm, loopback)."""
+    from dualkv.bench.transfer import TransferOptions, run_transfer
+
+    return functools.partial(run_transfer, TransferOptions(**options))
+
+
+@bench.command(epilog="Example: dualkv bench peers --nixl-python ~/nixl/bin/python --mooncake-python ~/mc/bin/python")
+@measured(repeats=7, quick={"total": 8 << 20, "block_bytes": (64 << 10,), "repeats": 2})
+@_nixl_python
+@click.option("--mooncake-python", metavar="PYTHON", help="Interpreter of an environment with Mooncake.")
+@_path
+@_sizes_option("64KiB,1MiB")
+@_total_option("256MiB")
+@_count
+@click.option("--connections", type=int, default=2, show_default=True, help="Of tcp; the default is the node's.")
+@click.option("--depth", type=int, default=32, show_default=True, help=_depth_help)
+@_direct
+def peers(**options: Any) -> "Measurement":
+    """Transfers and storage reads beside NIXL and Mooncake: same blocks, same order.
+
+    Peers run in their own Python environments. One that is missing or fails is named; with none at all, exit 77.
+    """
+    from dualkv.bench.peers import PeersOptions, run_peers
+
+    return functools.partial(run_peers, PeersOptions(**options))
+
+
+@bench.command(epilog="Example: dualkv bench compare before.json after.json --fail-above 10")
+@click.argument("before", type=click.Path())
+@click.argument("after", type=click.Path())
+@click.option("--fail-above", type=click.FloatRange(0), metavar="PCT", help="Exit 1 if a case got slower by more.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def compare(before: str, after: str, fail_above: float | None, as_json: bool) -> None:
+    """Compare two saved results. A change counts when it is beyond the spread of both."""
+    from dualkv.bench.compare import compare as compared
+    from dualkv.bench.results import load
+
+    comparison = compared(load(before), load(after))
+    failed = [] if fail_above is None else comparison.failed(fail_above / 100)
+    if as_json:
+        click.echo(json.dumps({**comparison.to_json(), "failed": [case.case for case in failed]}, indent=2))
+    else:
+        print_comparison(comparison)
+        for case in failed:
+            click.echo(f"slower by {case.slower_by():.1%}: {_case_text(case.case)}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _case_text(case: dict[str, Any]) -> str:
+    from dualkv.bench.columns import case_text
+
+    return ", ".join(f"{name} {case_text(name, value)}" for name, value in case.items())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=_WIDTH, markup=False, highlight=False)
+
+
+def filled(items: Sequence[str], gap: str = "   ") -> list[str]:
+    """Items in lines of the tables' width, none broken that fits."""
+    lines = [""]
+    for item in items:
+        if lines[-1] and len(lines[-1]) + len(gap) + len(item) > _WIDTH:
+            lines.append("")
+        lines[-1] += (gap if lines[-1] else "") + item
+    return lines
+
+
+def print_result(result: "BenchResult") -> None:
+    """Tables, then what they were measured on."""
+    from rich.table import Table
+
+    from dualkv.bench.columns import NOTE, tables
+
+    console = _console()
+    for table in tables(result.rows):
+        console.print(table.title)
+        shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in table.columns:
+            shown.add_column(column.heading, justify="right", no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*(column.cell(row) for column in table.columns))
+        console.print(shown)
+        console.print()
+    console.print(NOTE)
+    for line in filled([f"{name}: {value}" for name, value in result.labels.items()]):
+        console.print(line)
+    if result.fallbacks:
+        console.print(f"fallbacks in force: {', '.join(sorted(result.fallbacks))} (docs/settings.md)")
+
+
+def print_comparison(comparison: "Comparison") -> None:
+    """A line for each measure of each case."""
+    from rich.table import Table
+
+    from dualkv.bench.columns import UNKNOWN, number
+
+    def share(value: float | None, sign: str) -> str:
+        return UNKNOWN if value is None else f"{value:{sign}.1%}"
+
+    console = _console()
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("case", "measure", "before", "after", "change", "spread", "verdict"):
+        shown.add_column(heading, justify="left" if heading in ("case", "measure", "verdict") else "right")
+    for case in comparison.cases:
+        for i, one in enumerate(case.changes):
+            name = "" if i else _case_text(case.case)
+            told = (number(one.before), number(one.after), share(one.change, "+"), share(one.spread, ""))
+            shown.add_row(name, one.measure, *told, one.verdict if one.verdict != "unknown" else UNKNOWN)
+    console.print(shown)
+    for what, cases in (("first", comparison.only_before), ("second", comparison.only_after)):
+        for missing in cases:
+            console.print(f"only in the {what}: {_case_text(missing)}")
+    for label, (old, new) in comparison.labels.items():
+        console.print(f"{label}: {old or UNKNOWN} -> {new or UNKNOWN}")
