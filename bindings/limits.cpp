@@ -16,8 +16,8 @@ std::vector<std::uint64_t> to_offsets(const Offsets& offsets) {
 }
 
 limits::Sample read_file(std::string path, std::uint64_t block_bytes, const Offsets& offsets, std::uint32_t depth,
-                         bool direct) {
-  const limits::FileReads reads{std::move(path), block_bytes, to_offsets(offsets), depth, direct};
+                         bool direct, bool keep) {
+  const limits::FileReads reads{std::move(path), block_bytes, to_offsets(offsets), depth, direct, keep};
   const py::gil_scoped_release release;
   return limits::read_file(reads);
 }

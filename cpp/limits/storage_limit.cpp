@@ -63,15 +63,17 @@ class Ring {
   io_uring ring_{};
 };
 
-// Read i uses buffer b from start to reaping; then the next read takes b.
+// Of `depth` reads in flight, the one that ends makes room for the next.
 class ReadLoop {
  public:
   explicit ReadLoop(const FileReads& reads)
       : reads_(reads),
         buffer_count_(static_cast<std::uint32_t>(std::min<std::size_t>(reads.depth, reads.offsets.size()))),
         stride_((reads.block_bytes + kPageBytes - 1) / kPageBytes * kPageBytes),
+        places_(reads.keep ? reads.offsets.size() : buffer_count_),
+        places_per_buffer_(kMaxBlockBytes / stride_),
         file_(open_file(reads)),
-        memory_(buffer_count_ * stride_, /*huge_pages=*/true),
+        memory_(places_ * stride_, /*huge_pages=*/true),
         ring_(buffer_count_),
         in_buffer_(buffer_count_) {
     register_buffers();
@@ -108,19 +110,22 @@ class ReadLoop {
 
   void register_buffers() {
     std::vector<iovec> buffers;
-    for (std::uint32_t i = 0; i < buffer_count_; ++i) buffers.push_back({buffer(i), reads_.block_bytes});
-    const int error = io_uring_register_buffers(ring_.get(), buffers.data(), buffer_count_);
+    for (std::size_t first = 0; first < places_; first += places_per_buffer_) {
+      buffers.push_back({place(first), std::min(places_per_buffer_, places_ - first) * stride_});
+    }
+    const int error = io_uring_register_buffers(ring_.get(), buffers.data(), static_cast<unsigned>(buffers.size()));
     if (error < 0) refuse("registered memory", -error);
   }
 
-  std::byte* buffer(std::uint32_t index) { return memory_.bytes().data() + index * stride_; }
+  std::byte* place(std::size_t index) { return memory_.bytes().data() + index * stride_; }
 
   // The ring has an entry for each buffer, so there is always one free.
   void prepare(std::uint32_t index, double now_s) {
+    const std::size_t at = reads_.keep ? next_ : index;
     in_buffer_[index] = {reads_.offsets[next_++], now_s};
     io_uring_sqe* sqe = io_uring_get_sqe(ring_.get());
-    io_uring_prep_read_fixed(sqe, /*fd=*/0, buffer(index), static_cast<unsigned>(reads_.block_bytes),
-                             in_buffer_[index].offset, static_cast<int>(index));
+    io_uring_prep_read_fixed(sqe, /*fd=*/0, place(at), static_cast<unsigned>(reads_.block_bytes),
+                             in_buffer_[index].offset, static_cast<int>(at / places_per_buffer_));
     sqe->flags |= IOSQE_FIXED_FILE;
     io_uring_sqe_set_data64(sqe, index);
     ++in_flight_;
@@ -162,6 +167,8 @@ class ReadLoop {
   const FileReads& reads_;
   const std::uint32_t buffer_count_;
   const std::uint64_t stride_;
+  const std::size_t places_;
+  const std::size_t places_per_buffer_;
   const Fd file_;
   const FaultedMemory memory_;
   Ring ring_;

@@ -32,7 +32,9 @@ Region::Region(std::uint64_t bytes, const StagingOptions& options) : bytes_(byte
   }
   // A fork must not turn DMA targets into copy-on-write pages.
   madvise(data_, mapped_, MADV_DONTFORK);
-  if (options.lock_memory) locked_ = mlock(data_, bytes_) == 0;
+  // All of it: a lock that ended within a huge page would split the mapping there, and the ring describes memory of
+  // mixed page sizes to the device page by page.
+  if (options.lock_memory) locked_ = mlock(data_, mapped_) == 0;
 }
 
 Region::~Region() { munmap(data_, mapped_); }

@@ -105,8 +105,10 @@ void ReadQueue::poll() {
   std::size_t count;
   do {
     count = reader_->poll(completions);
-    for (std::size_t i = 0; i < count; ++i) complete(completions[i]);
-  } while (count == completions.size());
+    // First the next reads, then the checksums of these: storage does not wait for them.
+    pump();
+    for (std::size_t i = 0; i < count && reader_; ++i) complete(completions[i]);
+  } while (count == completions.size() && reader_);
   pump();
 }
 

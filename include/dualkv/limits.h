@@ -24,6 +24,10 @@ struct FileReads {
   std::vector<std::uint64_t> offsets;  // one read each
   std::uint32_t depth = 32;            // reads in flight
   bool direct = true;                  // O_DIRECT: offsets and block_bytes are multiples of the device's block
+  // Each read has memory of its own, as when the data is kept. Else `depth` buffers are used over and over, and on
+  // machines whose storage is copied by the CPU (virtual disks, the page cache) they stay in its cache: faster than
+  // anything that delivers the data can be.
+  bool keep = true;
 };
 
 // Reads blocks of one file through io_uring, with registered buffers and a registered file. A short read is an error.

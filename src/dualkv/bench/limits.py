@@ -74,7 +74,13 @@ def _offsets(name: str, offsets: "ArrayLike") -> "np.ndarray[Any, np.dtype[np.ui
 
 
 def read_file(
-    path: str | os.PathLike[str], block_bytes: int, offsets: "ArrayLike", *, depth: int = 32, direct: bool = True
+    path: str | os.PathLike[str],
+    block_bytes: int,
+    offsets: "ArrayLike",
+    *,
+    depth: int = 32,
+    direct: bool = True,
+    keep: bool = True,
 ) -> Sample:
     """Reads one block of ``block_bytes`` at each of ``offsets``, in that order, ``depth`` of them in flight.
 
@@ -84,8 +90,10 @@ def read_file(
     Args:
         block_bytes: of each read, at most 2**30.
         offsets: in bytes, ``[n]``.
-        depth: reads in flight, at most 1024. All their buffers are registered: ``depth * block_bytes`` must fit the
-            memlock limit, unless the process may lock as much as it likes.
+        depth: reads in flight, at most 1024.
+        keep: each read has memory of its own, as when the data is kept; all of it is registered and must fit the
+            memlock limit. False: ``depth`` buffers are used over and over. Where the CPU copies what storage delivers
+            (virtual disks, the page cache), they stay in its cache: faster than anything that delivers the data.
         direct: past the page cache; then offsets and ``block_bytes`` are multiples of the device's logical block.
 
     Raises:
@@ -99,6 +107,7 @@ def read_file(
             _offsets("offsets", offsets),
             _checked("depth", depth, 2**32),
             direct,
+            keep,
         )
     )
 
