@@ -21,6 +21,8 @@ namespace dualkv::bindings {
 
 using Ids = py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>;
 
+using Checksums = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
+
 inline Key to_key(const py::bytes& bytes) {
   const std::string_view view = bytes;
   return Key(std::as_bytes(std::span(view)));

@@ -164,10 +164,10 @@ void register_node(py::module_& m) {
       .def("view", &Peer::view)
       .def("send_layers", [](const Peer& p, std::uint64_t grant, const Cache& source, const Ids& ids,
                              std::uint32_t first_block, std::uint32_t first_layer, std::uint32_t layer_count, bool high,
-                             double deadline_s) {
+                             double deadline_s, const Checksums& checksums) {
         SendRequest request{
             grant,     source.kv, to_ids(ids), first_block, {first_layer, layer_count}, high ? Lane::kHigh : Lane::kLow,
-            deadline_s};
+            deadline_s, {checksums.data(), checksums.data() + checksums.size()}};
         const py::gil_scoped_release release;
         return p.send_layers(std::move(request));
       });
@@ -202,6 +202,20 @@ void register_node(py::module_& m) {
              std::vector<std::uint32_t> blocks = to_ids(ids);
              const py::gil_scoped_release release;
              return n.grant(peer, into.kv, std::move(blocks), deadline_s);
+           })
+      .def("allocate",
+           [](Node& n, std::uint64_t bytes) {
+             std::shared_ptr<std::byte> memory;
+             {
+               const py::gil_scoped_release release;
+               memory = n.allocate(bytes);
+             }
+             auto* raw = reinterpret_cast<std::uint8_t*>(memory.get());
+             const py::capsule owner(new std::shared_ptr<std::byte>(std::move(memory)), [](void* held) {
+               const py::gil_scoped_release release;
+               delete static_cast<std::shared_ptr<std::byte>*>(held);
+             });
+             return py::array_t<std::uint8_t>({static_cast<py::ssize_t>(bytes)}, raw, owner);
            })
       .def("stats",
            [](const Node& n) {

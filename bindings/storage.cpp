@@ -104,6 +104,7 @@ StagingOptions to_staging_options(const py::dict& d) {
   field(d, "transit_share", o.transit_share);
   field(d, "lock_memory", o.lock_memory);
   field(d, "huge_pages", o.huge_pages);
+  field(d, "shared", o.shared);
   return o;
 }
 

@@ -94,9 +94,19 @@ void register_values(py::module_& m) {
   });
   m.def("checksum", &checksum_of);
 
-  py::class_<Cache>(m, "PagedKv").def(py::init(&make_cache)).def_property_readonly("block_count", [](const Cache& c) {
-    return c.kv->block_count();
-  });
+  py::class_<Cache>(m, "PagedKv")
+      .def(py::init(&make_cache))
+      .def_property_readonly("block_count", [](const Cache& c) { return c.kv->block_count(); })
+      .def_property_readonly("layers", [](const Cache& c) { return c.kv->layers(); })
+      .def("_checksums", [](const Cache& c, const Ids& ids, std::uint32_t first_layer, std::uint32_t layer_count) {
+        const std::vector<std::uint32_t> blocks = to_ids(ids);
+        std::vector<std::uint64_t> out;
+        {
+          const py::gil_scoped_release release;
+          out = checksums(*c.kv, blocks, first_layer, layer_count);
+        }
+        return Checksums(static_cast<py::ssize_t>(out.size()), out.data());
+      });
 
   py::class_<Notifier, std::shared_ptr<Notifier>>(m, "Notifier")
       .def(py::init<>())

@@ -19,6 +19,16 @@ int checked(int fd, const char* what) {
   if (fd < 0) throw Error(Code::kIo, what, errno);
   return fd;
 }
+constexpr int kPauses = 16;  // between two looks, about a microsecond: the core's other thread gets on meanwhile
+
+void pause_core() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
 }  // namespace
 
 Progress::Progress(std::string name, std::chrono::microseconds spin)
@@ -148,6 +158,7 @@ int Progress::wait(epoll_event* events, int most) {
   while (busy_) {
     const int count = epoll_wait(epoll_.get(), events, most, 0);
     if (count != 0) return count;
+    for (int i = 0; i < kPauses; ++i) pause_core();
     busy_ = Clock::now() < until;
   }
   const int count = sleep(events, most);

@@ -1,6 +1,9 @@
 // PagedKv: validation and addressing of strided planes.
 #include "dualkv/paged_kv.h"
 
+#include <array>
+
+#include "base/hash.h"
 #include "base/text.h"
 #include "dualkv/status.h"
 
@@ -51,6 +54,27 @@ std::size_t PagedKv::extents(std::uint32_t layer, std::uint32_t block_id, std::s
     out[i] = {planes[i].base + block_id * planes[i].block_stride, planes[i].bytes};
   }
   return planes.size();
+}
+
+std::vector<std::uint64_t> checksums(const PagedKv& cache, std::span<const std::uint32_t> block_ids,
+                                     std::uint32_t first_layer, std::uint32_t layer_count) {
+  if (std::uint64_t{first_layer} + layer_count > cache.layers()) {
+    throw Error(Code::kInvalidArgument,
+                text("checksums: layers ", first_layer, " + ", layer_count, " of ", cache.layers()));
+  }
+  for (std::uint32_t id : block_ids) {
+    if (id < cache.block_count()) continue;
+    throw Error(Code::kInvalidArgument, text("checksums: block id ", id, " of ", cache.block_count(), " blocks"));
+  }
+  std::vector<std::uint64_t> out;
+  out.reserve(layer_count * block_ids.size());
+  for (std::uint32_t layer = first_layer; layer < first_layer + layer_count; ++layer) {
+    for (std::uint32_t id : block_ids) {
+      std::array<Extent, PagedKv::kMaxPlanes> extents;
+      out.push_back(checksum(std::span<const Extent>(extents).first(cache.extents(layer, id, extents))));
+    }
+  }
+  return out;
 }
 
 }  // namespace dualkv

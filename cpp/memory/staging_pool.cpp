@@ -16,7 +16,7 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
         slots_(slot_count(geometry, options)),
         prompt_limit_(slots_ - std::clamp<std::uint32_t>(static_cast<std::uint32_t>(slots_ * options.transit_share), 1,
                                                          slots_ - 1)),
-        region_(slot_bytes_ * slots_, options) {
+        region_(slot_bytes_ * slots_, {options.lock_memory, options.huge_pages, options.shared}) {
     free_.reserve(slots_);
     for (std::uint32_t i = slots_; i-- > 0;) free_.push_back(region_.memory().data() + i * slot_bytes_);
   }
@@ -78,7 +78,7 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
   }
 
   std::uint64_t slot_bytes() const { return slot_bytes_; }
-  std::span<std::byte> memory() const { return region_.memory(); }
+  const Region& region() const { return region_; }
 
  private:
   struct Waiter {
@@ -172,7 +172,8 @@ StagingPool::StagingPool(const KvGeometry& geometry, const StagingOptions& optio
     : state_(std::make_shared<StagingState>(geometry, options)) {}
 
 std::uint64_t StagingPool::slot_bytes() const { return state_->slot_bytes(); }
-std::span<std::byte> StagingPool::memory() const { return state_->memory(); }
+std::span<std::byte> StagingPool::memory() const { return state_->region().memory(); }
+int StagingPool::shared_fd() const { return state_->region().shared_fd(); }
 StagingStats StagingPool::stats() const { return state_->stats(); }
 Slot StagingPool::try_acquire(SlotUse use) { return state_->try_acquire(use); }
 std::uint64_t StagingPool::acquire(std::uint32_t count, SlotUse use, Acquired done) {

@@ -6,6 +6,7 @@
 
 #include "base/text.h"
 #include "memory/copier.h"
+#include "memory/region.h"
 #include "node/load_task.h"
 #include "node/node_state.h"
 #include "node/serve_task.h"
@@ -192,6 +193,16 @@ Peer Node::connect(const std::string& address, double timeout_s) {
 Peer Node::peer(const std::string& name) {
   if (!state_->knows(name)) throw Error(Code::kNotFound, text("no node called '", name, "' has connected"));
   return Peer(state_, name);
+}
+
+std::shared_ptr<std::byte> Node::allocate(std::uint64_t bytes) {
+  if (bytes == 0) throw Error(Code::kInvalidArgument, "allocate: 0 bytes");
+  const StagingOptions& like = state_->options().staging;
+  const auto region = std::make_shared<Region>(bytes, RegionOptions{like.lock_memory, like.huge_pages, true});
+  const std::uint32_t id = run(*state_, [&] { return state_->share(region->memory(), region->shared_fd()); });
+  return std::shared_ptr<std::byte>(region->memory().data(), [node = state_, region, id](std::byte*) {
+    node->progress().run([&] { node->unshare(id); });
+  });
 }
 
 Load Node::load(LoadRequest request) {

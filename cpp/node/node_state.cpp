@@ -39,13 +39,21 @@ void check_options(const NodeOptions& options) {
   require(options.handshake_s > 0 && options.stall_s > 0, "node: handshake_s and stall_s must be positive");
 }
 
-TransportOptions transport_options(const NodeOptions& options) {
+TransportOptions transport_options(const NodeOptions& options, std::shared_ptr<SharedRegions> regions) {
   return {options.name,
           options.secret,
           options.connections_per_lane,
           {options.lanes[0], options.lanes[1]},
           options.write_window_bytes,
-          options.handshake_s};
+          options.handshake_s,
+          std::move(regions)};
+}
+
+// Peers that come by shm:// map the staging.
+NodeOptions completed(NodeOptions options) {
+  options.staging.shared |= std::any_of(options.listen.begin(), options.listen.end(),
+                                        [](const std::string& address) { return address.starts_with("shm://"); });
+  return options;
 }
 
 const Status kClosing{Code::kCancelled, 0, "the node is closed"};
@@ -66,14 +74,15 @@ std::uint64_t microseconds_until(Clock::time_point when) {
 
 NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
     : geometry_((check_options(options), geometry)),
-      options_(std::move(options)),
-      transport_options_(transport_options(options_)),
+      options_(completed(std::move(options))),
+      transport_options_(transport_options(options_, regions_)),
       progress_(std::make_shared<Progress>("dualkv-" + options_.name, std::chrono::microseconds(options_.spin_us))),
       fallbacks_(options_.store.fail_on_fallback),
       pool_(geometry_, options_.staging),
       store_(std::make_unique<Store>(std::make_shared<StoreState>(geometry_, options_.store, pool_, progress_))),
       grants_(geometry_),
       sends_(geometry_, options_.write_frame_bytes) {
+  if (pool_.shared_fd() >= 0) regions_->add(pool_.memory(), pool_.shared_fd());
   const StagingStats staging = pool_.stats();
   if (options_.staging.lock_memory && !staging.locked)
     fallbacks_.count("staging_not_locked", "raise the memlock limit");
@@ -141,6 +150,17 @@ Transport& NodeState::transport(Scheme scheme) {
     transport = make_socket_transport(scheme, *progress_, grants_, *this, transport_options_);
   }
   return *transport;
+}
+
+std::uint32_t NodeState::share(std::span<const std::byte> memory, int fd) {
+  const std::uint32_t id = regions_->add(memory, fd);
+  for (const auto& [scheme, transport] : transports_) transport->on_regions_changed();
+  return id;
+}
+
+void NodeState::unshare(std::uint32_t id) {
+  regions_->remove(id);
+  for (const auto& [scheme, transport] : transports_) transport->on_regions_changed();
 }
 
 // --- peers

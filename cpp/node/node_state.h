@@ -53,6 +53,9 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   StoreState& storage() { return store_->state(); }
   StagingPool& pool() { return pool_; }
   GrantTable& grants() { return grants_; }
+  // Lets peers on this host map the memory behind a memfd.
+  std::uint32_t share(std::span<const std::byte> memory, int fd);
+  void unshare(std::uint32_t id);
   SendQueue& sends() { return sends_; }
   const std::vector<std::string>& addresses() const { return addresses_; }
 
@@ -129,6 +132,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
 
   const KvGeometry geometry_;
   const NodeOptions options_;
+  const std::shared_ptr<SharedRegions> regions_ = std::make_shared<SharedRegions>();
   TransportOptions transport_options_;
   std::shared_ptr<Progress> progress_;
   Fallbacks fallbacks_;

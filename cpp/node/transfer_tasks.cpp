@@ -84,6 +84,11 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
   if (range.count == 0 || std::uint64_t{range.first} + range.count > layers) {
     throw Error(Code::kInvalidArgument, text("send_layers: layers ", range.first, " + ", range.count, " of ", layers));
   }
+  const std::size_t total = std::size_t{range.count} * request.block_ids.size();
+  if (!request.checksums.empty() && request.checksums.size() != total) {
+    throw Error(Code::kInvalidArgument,
+                text("send_layers: ", request.checksums.size(), " checksums for ", total, " Layer Blocks"));
+  }
   const auto link = node.find_link(peer);
   if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
   std::shared_ptr<SendTask> task(new SendTask(node, std::move(request)));
@@ -108,7 +113,9 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
 void SendTask::describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>&, WriteBlock& out) {
   out.block = request_.first_block + index;
   out.extents = static_cast<std::uint32_t>(request_.source->extents(layer, request_.block_ids[index], out.source));
-  out.checksum = checksum(std::span<const Extent>(out.source).first(out.extents));
+  const std::size_t at = (layer - request_.layers.first) * request_.block_ids.size() + index;
+  out.checksum = request_.checksums.empty() ? checksum(std::span<const Extent>(out.source).first(out.extents))
+                                            : request_.checksums[at];
 }
 
 void SendTask::on_sent(std::size_t blocks, Outcome outcome) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "base/hash.h"
 
@@ -67,7 +68,8 @@ std::size_t InboundWrite::next(std::span<iovec> out) {
 
 void InboundWrite::advance(std::uint64_t bytes) { left_ -= bytes; }
 
-Outcome InboundWrite::finish() {
+template <typename Sum>
+Outcome InboundWrite::hand_over(Sum sum) {
   if (grants_.find(header_.grant, peer_) == nullptr) return {Code::kRefused, 0};
   Outcome outcome;
   for (const WriteEntry& entry : header_.entries) {
@@ -77,11 +79,51 @@ Outcome InboundWrite::finish() {
     Extents extents;
     const std::size_t count = sink->target(header_.layer, entry.block, extents);
     if (count == 0) continue;
-    const bool right = !failed_ && checksum(std::span<const Extent>(extents).first(count)) == entry.checksum;
+    const bool right = sum(entry, std::span<const Extent>(extents).first(count)) == entry.checksum;
     if (!right) outcome = {Code::kCorrupt, 0};
     sink->arrived(peer_, header_.layer, entry.block, entry.checksum, right);
   }
   return outcome;
+}
+
+Outcome InboundWrite::finish() {
+  return hand_over([this](const WriteEntry& entry, std::span<const Extent> target) {
+    return failed_ ? ~entry.checksum : checksum(target);
+  });
+}
+
+Outcome InboundWrite::copy_from(const PeerMemory& memory) {
+  left_ = 0;
+  return hand_over([&](const WriteEntry& entry, std::span<const Extent> target) {
+    return copy_block(memory, entry, target);
+  });
+}
+
+std::uint64_t InboundWrite::copy_block(const PeerMemory& memory, const WriteEntry& entry,
+                                       std::span<const Extent> target) const {
+  const auto find = [&](const Extent& extent) {
+    return memory.find(header_.region, reinterpret_cast<std::uint64_t>(extent.data), extent.bytes);
+  };
+  std::array<const std::byte*, PagedKv::kMaxPlanes> sources;
+  for (std::uint32_t i = 0; i < header_.extents; ++i) {
+    sources[i] = find(entry.source[i]);
+    if (sources[i] == nullptr) return ~entry.checksum;  // not in the region it is said to be in
+  }
+  if (header_.extents == 1) return copy_checksum({sources[0], entry.source[0].bytes}, target);
+  std::span<const Extent> rest = target;
+  std::uint64_t used = 0;  // of rest.front()
+  for (std::uint32_t i = 0; i < header_.extents; ++i) {
+    for (std::uint64_t done = 0; done < entry.source[i].bytes;) {
+      const std::uint64_t bytes = std::min(entry.source[i].bytes - done, rest.front().bytes - used);
+      std::memcpy(rest.front().data + used, sources[i] + done, bytes);
+      done += bytes;
+      used += bytes;
+      if (used < rest.front().bytes) continue;
+      rest = rest.subspan(1);
+      used = 0;
+    }
+  }
+  return checksum(target);
 }
 
 }  // namespace dualkv

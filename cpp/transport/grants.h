@@ -11,6 +11,7 @@
 
 #include "dualkv/geometry.h"
 #include "dualkv/paged_kv.h"
+#include "transport/peer_memory.h"
 #include "transport/wire.h"
 
 namespace dualkv {
@@ -62,10 +63,17 @@ class InboundWrite {
   void advance(std::uint64_t bytes);
   // The bytes still missing can't be had: they count as wrong.
   void give_up() { failed_ = true; }
+  // All at once, from memory that this process has mapped: copies and verifies in one pass, and hands over.
+  Outcome copy_from(const PeerMemory& memory);
   // Verifies and hands over. kRefused if the grant does not allow this peer, kCorrupt if a block was wrong.
   Outcome finish();
 
  private:
+  // Hands over each block that is wanted; `sum` gives the checksum of what is in its place.
+  template <typename Sum>
+  Outcome hand_over(Sum sum);
+  std::uint64_t copy_block(const PeerMemory& memory, const WriteEntry& entry, std::span<const Extent> target) const;
+
   GrantTable& grants_;
   const std::string peer_;
   const WriteHeader header_;

@@ -170,7 +170,7 @@ class LoopbackLink : public Link, public std::enable_shared_from_this<LoopbackLi
   }
 
   Outcome copy_in(const LayerWrite& write) {
-    WriteHeader header{write.id, write.grant, write.layer, 0, {}};
+    WriteHeader header{write.id, write.grant, write.layer, 0, 0, {}};
     std::vector<std::byte> source;  // the oracle favours the plain way over the fast one
     for (const WriteBlock& block : write.blocks) {
       header.entries.push_back({block.block, block.checksum, {}});

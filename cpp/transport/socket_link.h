@@ -54,8 +54,14 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
   void start() {
     open_ = true;
     last_received_ = Clock::now();
+    tell_regions();
     events_.on_open(shared_from_this());
     for_each_channel([](Channel& channel) { channel.set_reading(true); });
+  }
+
+  // shm: what the peer may map, now.
+  void tell_regions() {
+    if (open_ && scheme_ == Scheme::kShm) control_->send(FrameType::kRegions, encode_regions(options_.regions->list()));
   }
 
   const std::string& peer() const override { return peer_; }
@@ -120,9 +126,11 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
 
   bool on_frame(Channel& channel, FrameType type, std::span<const std::byte> body) override {
     last_received_ = Clock::now();
-    if ((type == FrameType::kMessage) != (&channel == control_.get())) return false;
+    const bool control = type == FrameType::kMessage || type == FrameType::kRegions;
+    if (control != (&channel == control_.get())) return false;
     switch (type) {
       case FrameType::kMessage: events_.on_message(*this, body); return true;
+      case FrameType::kRegions: return on_regions(body);
       case FrameType::kWrite:
       case FrameType::kWriteRef: return on_write(channel, type, body);
       case FrameType::kWriteDone: return on_done(body);
@@ -130,21 +138,24 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     }
   }
 
+  void on_channel_closed(Channel&, const Status& why, bool hostile) override {
+    if (hostile) events_.on_hostile();
+    close(why);
+  }
+
   void on_payload(Channel& channel, InboundWrite& write) override {
     last_received_ = Clock::now();
-    const Outcome outcome = write.finish();
+    answer(channel, write, write.finish());
+  }
+
+ private:
+  void answer(Channel& channel, const InboundWrite& write, Outcome outcome) {
     stats_.bytes_received += write.header().entries.size() * grants_.geometry().layer_bytes(write.header().layer);
     stats_.writes_rejected += outcome.code == Code::kRefused;
     stats_.writes_corrupt += outcome.code == Code::kCorrupt;
     channel.send(FrameType::kWriteDone, encode_write_done({write.header().id, outcome.code}));
   }
 
-  void on_channel_closed(Channel&, const Status& why, bool hostile) override {
-    if (hostile) events_.on_hostile();
-    close(why);
-  }
-
- private:
   struct Pending {
     LayerWrite write;
     std::uint64_t bytes;
@@ -161,7 +172,8 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
 
   OutFrame frame_of(const LayerWrite& write) {
     const bool inline_bytes = scheme_ == Scheme::kTcp;
-    WriteHeader header{write.id, write.grant, write.layer, inline_bytes ? 0 : write.blocks[0].extents, {}};
+    WriteHeader header{write.id, write.grant, write.layer, inline_bytes ? 0 : write.blocks[0].extents, 0, {}};
+    if (!inline_bytes) header.region = region_of(write);
     OutFrame frame;
     frame.write_id = write.id;
     for (const WriteBlock& block : write.blocks) {
@@ -173,6 +185,26 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     stats_.bytes_sent[static_cast<int>(write.lane)] +=
         write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
     return frame;
+  }
+
+  // The shared region that holds all of the write's memory; 0 if none does.
+  std::uint32_t region_of(const LayerWrite& write) const {
+    std::uint32_t region = 0;
+    for (const WriteBlock& block : write.blocks) {
+      for (std::uint32_t i = 0; i < block.extents; ++i) {
+        const std::uint32_t found = options_.regions->find(block.source[i].data, block.source[i].bytes);
+        if (found == 0 || (region != 0 && found != region)) return 0;
+        region = found;
+      }
+    }
+    return region;
+  }
+
+  bool on_regions(std::span<const std::byte> body) {
+    const auto regions = decode_regions(body);
+    if (!regions || scheme_ != Scheme::kShm) return false;
+    if (!memory_.update(pid_, *regions)) events_.on_fallback("shm_not_mapped");
+    return true;
   }
 
   // Adjacent blocks coalesce.
@@ -194,6 +226,8 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     auto write = std::make_unique<InboundWrite>(grants_, peer_, std::move(*header));
     if (type == FrameType::kWrite) {
       channel.receive(std::move(write));
+    } else if (memory_.has(write->header().region)) {
+      answer(channel, *write, write->copy_from(memory_));
     } else {
       pull_all(*write);
       on_payload(channel, *write);
@@ -259,6 +293,7 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
   std::shared_ptr<Channel> control_;
   std::vector<std::shared_ptr<Channel>> lanes_[kLaneCount];
   pid_t pid_ = 0;
+  PeerMemory memory_;
   bool open_ = false;
   bool closed_ = false;
   Clock::time_point last_received_;

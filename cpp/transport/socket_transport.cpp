@@ -50,6 +50,11 @@ class SocketTransport : public Transport {
   std::string listen(const Address& address) override;
   void connect(const Address& address, Connected done) override;
   void close() override;
+  void on_regions_changed() override {
+    for (const auto& weak : links_) {
+      if (const auto link = weak.lock()) link->tell_regions();
+    }
+  }
 
  private:
   // One side's view of a connection that has not proved itself.

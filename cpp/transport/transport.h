@@ -14,6 +14,7 @@
 #include "dualkv/lane.h"
 #include "dualkv/node.h"
 #include "dualkv/paged_kv.h"
+#include "memory/shared_regions.h"
 #include "transport/address.h"
 
 namespace dualkv {
@@ -81,6 +82,7 @@ struct TransportOptions {
   LaneOptions lanes[kLaneCount];
   std::uint64_t window_bytes = 0;
   double handshake_s = 0;
+  std::shared_ptr<SharedRegions> regions;  // of this node, for peers on this host
 };
 
 class Progress;
@@ -96,6 +98,8 @@ class Transport {
   using Connected = std::function<void(Status, std::string peer)>;
   virtual void connect(const Address& address, Connected done) = 0;
   virtual void close() = 0;
+  // TransportOptions::regions has changed.
+  virtual void on_regions_changed() {}
 };
 
 // References must outlive the transport.

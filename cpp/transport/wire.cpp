@@ -8,10 +8,11 @@ namespace dualkv {
 
 namespace {
 constexpr std::uint32_t kMagic = 0x504b4c44;  // "DLKP"
-constexpr std::uint16_t kVersion = 1;
+constexpr std::uint16_t kVersion = 2;
 constexpr std::size_t kCheckedHeaderBytes = 24;
 constexpr std::uint32_t kMaxHandshakeBytes = 1024;
 constexpr std::uint32_t kMaxMessageBytes = 4u << 20;
+constexpr std::size_t kRegionBytes = 32;
 constexpr std::uint32_t kMaxWriteBytes = 32 + kMaxWriteBlocks * (16 + PagedKv::kMaxPlanes * 16);
 }  // namespace
 
@@ -24,6 +25,7 @@ std::uint32_t max_body_bytes(FrameType type) {
     case FrameType::kWrite:
     case FrameType::kWriteRef: return kMaxWriteBytes;
     case FrameType::kWriteDone: return 16;
+    case FrameType::kRegions: return SharedRegions::kMost * kRegionBytes;
     default: return 0;
   }
 }
@@ -70,7 +72,7 @@ std::vector<std::byte> encode_write(const WriteHeader& write) {
   out.put(write.layer);
   out.put(static_cast<std::uint32_t>(write.entries.size()));
   out.put(write.extents);
-  out.put(std::uint32_t{0});
+  out.put(write.region);
   for (const WriteEntry& entry : write.entries) {
     out.put(entry.block);
     out.put(std::uint32_t{0});
@@ -100,9 +102,11 @@ std::optional<WriteHeader> decode_write(std::span<const std::byte> body, FrameTy
   write.layer = in.get<std::uint32_t>();
   const auto count = in.get<std::uint32_t>();
   write.extents = in.get<std::uint32_t>();
-  if (in.get<std::uint32_t>() != 0 || !in.ok()) return std::nullopt;
+  write.region = in.get<std::uint32_t>();
+  if (!in.ok()) return std::nullopt;
   if (count == 0 || count > kMaxWriteBlocks || write.layer >= geometry.layers()) return std::nullopt;
   const bool referenced = type == FrameType::kWriteRef;
+  if (!referenced && write.region != 0) return std::nullopt;
   if (referenced != (write.extents > 0) || write.extents > PagedKv::kMaxPlanes) return std::nullopt;
   if (in.left() != std::size_t{count} * (16 + write.extents * 16)) return std::nullopt;
   write.entries.resize(count);
@@ -117,6 +121,33 @@ std::optional<WriteHeader> decode_write(std::span<const std::byte> body, FrameTy
     if (referenced && !sources_add_up(entry, write.extents, geometry.layer_bytes(write.layer))) return std::nullopt;
   }
   return write;
+}
+
+std::vector<std::byte> encode_regions(std::span<const SharedRegion> regions) {
+  ByteWriter out;
+  for (const SharedRegion& region : regions) {
+    out.put(region.id);
+    out.put(region.fd);
+    out.put(region.base);
+    out.put(region.bytes);
+    out.put(region.inode);
+  }
+  return out.take();
+}
+
+std::optional<std::vector<SharedRegion>> decode_regions(std::span<const std::byte> body) {
+  if (body.size() % kRegionBytes != 0 || body.size() / kRegionBytes > SharedRegions::kMost) return std::nullopt;
+  ByteReader in(body);
+  std::vector<SharedRegion> regions(body.size() / kRegionBytes);
+  for (SharedRegion& region : regions) {
+    region.id = in.get<std::uint32_t>();
+    region.fd = in.get<std::int32_t>();
+    region.base = in.get<std::uint64_t>();
+    region.bytes = in.get<std::uint64_t>();
+    region.inode = in.get<std::uint64_t>();
+    if (region.id == 0 || region.fd < 0 || region.base + region.bytes < region.base) return std::nullopt;
+  }
+  return regions;
 }
 
 std::vector<std::byte> encode_write_done(const WriteDone& done) {

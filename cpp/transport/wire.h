@@ -11,6 +11,7 @@
 #include "base/outcome.h"
 #include "dualkv/geometry.h"
 #include "dualkv/paged_kv.h"
+#include "memory/shared_regions.h"
 
 namespace dualkv {
 
@@ -24,6 +25,7 @@ enum class FrameType : std::uint16_t {
   kWrite = 7,     // Layer Blocks, bytes inline after the body
   kWriteRef = 8,  // Layer Blocks, to be pulled from the sender's memory
   kWriteDone = 9,
+  kRegions = 10,  // all memory of the sender that the receiver may map (shm)
 };
 
 struct FrameHeader {
@@ -57,12 +59,16 @@ struct WriteHeader {
   std::uint64_t grant = 0;
   std::uint32_t layer = 0;
   std::uint32_t extents = 0;  // per block; 0 in kWrite
+  std::uint32_t region = 0;   // kWriteRef: the shared region that holds all sources; 0 = none does
   std::vector<WriteEntry> entries;
 };
 
 std::vector<std::byte> encode_write(const WriteHeader& write);
 // Nullopt if malformed, or impossible under the geometry.
 std::optional<WriteHeader> decode_write(std::span<const std::byte> body, FrameType type, const KvGeometry& geometry);
+
+std::vector<std::byte> encode_regions(std::span<const SharedRegion> regions);
+std::optional<std::vector<SharedRegion>> decode_regions(std::span<const std::byte> body);
 
 struct WriteDone {
   std::uint64_t id = 0;

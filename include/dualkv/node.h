@@ -181,6 +181,9 @@ struct SendRequest {
   LayerRange layers;
   Lane lane = Lane::kLow;
   double deadline_s = 30;
+  // checksums[i * block_ids.size() + j] is that of layer layers.first + i of block j, as made when the KV was (see
+  // checksums()): the peer verifies what it made. Empty: made when each block is sent.
+  std::vector<std::uint64_t> checksums;
 };
 
 class NodeState;
@@ -256,6 +259,10 @@ class Node {
   // Lets `peer` write blocks 0..block_ids.size()-1 of every layer into `into`.
   Grant grant(const std::string& peer, std::shared_ptr<const PagedKv> into, std::vector<std::uint32_t> block_ids,
               double deadline_s);
+  // Zeroed memory, locked and in huge pages as the staging options say, that peers on this host read without the
+  // kernel's help (shm): a place for the caches of engines on CPUs. Freed with the last copy. At most 63 at a time.
+  // Throws Error(kNoSpace).
+  std::shared_ptr<std::byte> allocate(std::uint64_t bytes);
   NodeStats stats() const;
   void close();
 

@@ -44,4 +44,9 @@ class PagedKv {
   std::uint32_t block_count_;
 };
 
+// XXH3-64 of layers [first, first + count) of the blocks, layer by layer: what a store keeps with them. Throws
+// Error(kInvalidArgument) for blocks or layers that `cache` has not. Blocking: reads all of it.
+std::vector<std::uint64_t> checksums(const PagedKv& cache, std::span<const std::uint32_t> block_ids,
+                                     std::uint32_t first_layer, std::uint32_t layer_count);
+
 }  // namespace dualkv

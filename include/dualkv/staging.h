@@ -29,6 +29,9 @@ struct StagingOptions {
   double transit_share = 0.25;
   bool lock_memory = true;  // mlock; a refusal is a counted fallback
   bool huge_pages = true;   // MAP_HUGETLB, else transparent huge pages; a refusal is a counted fallback
+  // Peers on this host map the pool and read it without the kernel's help (shm). A node turns it on when it listens on
+  // shm://. Transparent huge pages then need transparent_hugepage/shmem_enabled.
+  bool shared = false;
 };
 
 struct StagingStats {
@@ -51,6 +54,7 @@ class StagingPool {
 
   std::uint64_t slot_bytes() const;
   std::span<std::byte> memory() const;
+  int shared_fd() const;  // the memfd behind memory(), if it is shared; else -1
   StagingStats stats() const;
   // Null if no slot is free for this use, or if somebody is waiting already (FIFO).
   Slot try_acquire(SlotUse use);

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from dualkv import _dualkv
@@ -254,6 +255,7 @@ class Peer:
         layers: tuple[int, int] | None = None,
         lane: str = "low",
         deadline_s: float = 30,
+        checksums: ArrayLike | None = None,
     ) -> Operation:
         """Sends blocks ``block_ids[i]`` of ``source`` as blocks ``first_block + i`` of the peer's grant.
 
@@ -263,12 +265,18 @@ class Peer:
         Args:
             layers: (first, count); all if left out.
             lane: ``"low"`` (KV) or ``"high"`` (the model's own traffic).
+            checksums: of what is sent, ``[layers, blocks]`` as :meth:`dualkv.PagedKv.checksums` made them when the KV
+                was made; the peer verifies against them. If left out, they are made when each block is sent.
         """
         if lane not in ("low", "high"):
             raise invalid(f"lane {lane!r}: must be 'low' or 'high'")
         first, count = layers if layers is not None else (0, self._layers)
+        ids = block_ids_array(block_ids)
+        known = np.zeros(0, np.uint64) if checksums is None else np.asarray(checksums, np.uint64)
+        if checksums is not None and known.shape != (count, len(ids)):
+            raise invalid(f"checksums of shape {known.shape}: {(count, len(ids))} is needed, layers by blocks")
         core = self._core.send_layers(
-            grant, source, block_ids_array(block_ids), first_block, first, count, lane == "high", deadline_s
+            grant, source, ids, first_block, first, count, lane == "high", deadline_s, known.reshape(-1)
         )
         return Operation(core, source)
 
@@ -286,7 +294,7 @@ class Node:
         secret: shared by all peers; needed to listen on, or connect to, another host. Or ``secret_file``, whose
             content is stripped of white space at its ends.
         store_options: ``read_limit``, ``backend``, ``quota`` ... (docs/settings.md).
-        staging_options: ``transit_share``, ``lock_memory``, ``huge_pages``.
+        staging_options: ``transit_share``, ``lock_memory``, ``huge_pages``, ``shared``.
         options: ``connections_per_lane``, ``low_dscp``, ``stall_s``, ``peer_silence_s`` ... (docs/settings.md).
 
     Use it as a context manager, or call :meth:`close`. Thread-safe.
@@ -416,6 +424,21 @@ class Node:
     ) -> Operation:
         """Persists Full Blocks as soon as they are complete; see :meth:`Store.save`."""
         return self.store.save(keys, source, block_ids, parent=parent, deadline_s=deadline_s)
+
+    def allocate(self, size: int | str) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """Zeroed memory that peers on this host read without the kernel's help when this node writes from it (shm).
+
+        A place for the caches of engines on CPUs: reshape it, or ``torch.from_numpy`` it, and give it to
+        :class:`dualkv.PagedKv`. Locked, and in huge pages, as the staging options say. Freed with the last array that
+        looks into it; at most 63 allocations at a time.
+
+        Args:
+            size: bytes, or like ``"8GiB"``.
+
+        Raises:
+            Error: ``no_space``.
+        """
+        return self._core.allocate(parse_size(size))
 
     def stats(self) -> dict[str, Any]:
         """Counters of store, staging, links and loads, and every fallback in force."""

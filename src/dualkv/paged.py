@@ -41,6 +41,18 @@ class PagedKv(_dualkv.PagedKv):
                 table[i, j] = pointer, stride, size
         super().__init__(geometry, table, counts.pop(), arrays)
 
+    def checksums(
+        self, block_ids: ArrayLike, layers: tuple[int, int] | None = None
+    ) -> "np.ndarray[Any, np.dtype[np.uint64]]":
+        """XXH3-64 of each Layer Block, ``[layers, blocks]``: what a store keeps with it. Blocks; releases the GIL.
+
+        Args:
+            layers: (first, count); all if left out.
+        """
+        ids = block_ids_array(block_ids)
+        first, count = layers if layers is not None else (0, self.layers)
+        return self._checksums(ids, first, count).reshape(count, len(ids))
+
 
 def block_ids_array(block_ids: ArrayLike) -> "np.ndarray[Any, np.dtype[np.uint32]]":
     """Block ids as the core takes them. Raises Error for anything but integers in range."""

@@ -26,7 +26,7 @@ _STORE_OPTIONS = {
     "faults",
 }
 _FAULTS = {"seed", "error_rate", "short_rate", "corrupt_rate", "drop_rate", "delay_rate", "delay_s"}
-_STAGING_OPTIONS = {"transit_share", "lock_memory", "huge_pages"}
+_STAGING_OPTIONS = {"transit_share", "lock_memory", "huge_pages", "shared"}
 
 
 def root_of(url: str) -> str:
@@ -82,7 +82,7 @@ class StagingPool:
     Args:
         geometry: fixes the size of a slot.
         size: of the pool, at least two slots: bytes or like ``"64MiB"``.
-        options: ``transit_share``, ``lock_memory``, ``huge_pages`` (docs/settings.md).
+        options: ``transit_share``, ``lock_memory``, ``huge_pages``, ``shared`` (docs/settings.md).
     """
 
     def __init__(self, geometry: KvGeometry, size: int | str, **options: Any) -> None:

@@ -56,7 +56,7 @@ def _share(row: Row) -> str:
     return UNKNOWN if row.checksum_share is None else f"{row.checksum_share:.0%}"
 
 
-_SHORT = {"block_bytes": "block", "connections": "conn", "transport": "trans-\nport"}
+_SHORT = {"block_bytes": "block", "connections": "conn", "transport": "trans-\nport", "checksums": "sums"}
 _SPEED = (
     Column("\nGB/s", lambda row: number(row.gbps)),
     Column("\nmin..max", _range),

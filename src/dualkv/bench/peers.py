@@ -50,6 +50,8 @@ class PeersOptions:
         """Of the part that sends blocks."""
         return TransferOptions(
             transport=("tcp", "shm"),
+            memory=("shared",),
+            checksums=("known",),
             block_bytes=self.block_bytes,
             total=self.total,
             count=self.count,

@@ -12,7 +12,7 @@ import numpy as np
 
 import dualkv
 from dualkv.bench import limits, machine
-from dualkv.bench.blocks import Pattern, aligned_blocks, check_block_bytes, count_of, scattered
+from dualkv.bench.blocks import Bytes, Pattern, aligned_blocks, check_block_bytes, count_of, scattered
 from dualkv.bench.measure import (
     LIMIT,
     OURS,
@@ -35,6 +35,8 @@ from dualkv.bench.results import BenchResult, CaseValue, Row
 from dualkv.errors import Error, invalid
 
 TRANSPORTS = ("tcp", "shm", "loopback")
+MEMORIES = ("shared", "private")
+CHECKSUMS = ("known", "made")
 _MEMCPY = "memcpy of the same scattered blocks, one thread, huge pages, nothing verified"
 
 
@@ -47,16 +49,20 @@ class TransferOptions:
     total: int = 512 << 20
     count: int | None = None  # blocks, instead of total
     connections: tuple[int, ...] = (1, 2, 4)
+    memory: tuple[str, ...] = MEMORIES  # of the source, shm only
+    checksums: tuple[str, ...] = CHECKSUMS
     repeats: int = 7
     warmup: int = 1
 
     def cases(self) -> list["TransferCase"]:
         """In the order they are measured."""
         return [
-            TransferCase(transport, size, count_of(size, self.total, self.count), connections)
+            TransferCase(transport, size, count_of(size, self.total, self.count), checksums, connections, memory)
             for transport in self.transport
+            for memory in (self.memory if transport == "shm" else (None,))
             for size in self.block_bytes
             for connections in (self.connections if transport == "tcp" else (None,))
+            for checksums in self.checksums
         ]
 
     def check(self) -> None:
@@ -65,6 +71,9 @@ class TransferOptions:
         unknown = [transport for transport in self.transport if transport not in TRANSPORTS]
         if unknown:
             raise invalid(f"--transport {', '.join(unknown)}: must be {', '.join(TRANSPORTS)}")
+        for name, given, known in (("memory", self.memory, MEMORIES), ("checksums", self.checksums, CHECKSUMS)):
+            if not set(given) <= set(known):
+                raise invalid(f"--{name} {', '.join(given)}: must be {', '.join(known)}")
         if not all(1 <= connections <= 16 for connections in self.connections):
             raise invalid(f"--connections {self.connections}: 1 to 16 are possible")
         largest = max(case.block_bytes * case.count for case in self.cases())
@@ -73,12 +82,18 @@ class TransferOptions:
 
 @dataclass(frozen=True)
 class TransferCase:
-    """One row; ``connections`` is None where there are none."""
+    """One row; ``connections`` is tcp's, ``memory`` shm's: None elsewhere.
+
+    The receiver verifies checksums in any case. ``known``: the sender has them, as for blocks read from storage;
+    ``made``: it makes them when it sends.
+    """
 
     transport: str
     block_bytes: int
     count: int
+    checksums: str
     connections: int | None = None
+    memory: str | None = None
 
     @property
     def node_options(self) -> dict[str, Any]:
@@ -92,12 +107,15 @@ class TransferCase:
             "transport": self.transport,
             "block_bytes": self.block_bytes,
             "count": self.count,
+            "checksums": self.checksums,
         }
-        return out if self.connections is None else {**out, "connections": self.connections}
+        more = {"connections": self.connections, "memory": self.memory}
+        return out | {name: value for name, value in more.items() if value is not None}
 
     def __str__(self) -> str:
         ways = "" if self.connections is None else f", {self.connections} conn"
-        return f"{self.transport} {self.block_bytes >> 10} KiB{ways}"
+        memory = "" if self.memory is None else f" {self.memory}"
+        return f"{self.transport}{memory} {self.block_bytes >> 10} KiB{ways}, checksums {self.checksums}"
 
 
 class Target(Protocol):
@@ -144,9 +162,6 @@ class Sender:
         self._target = target
         self._verified = False
         pattern = Pattern(case.block_bytes)
-        self._cache = aligned_blocks(case.count, case.block_bytes)
-        for number in range(case.count):
-            self._cache[number] = pattern.block(number)
         self._block_ids = scattered(case.count, SOURCE_SEED)
         address = target.call(
             "open",
@@ -158,11 +173,21 @@ class Sender:
         )
         self._node = make_node("bench-sender", case.block_bytes, directory, (), **case.node_options)
         try:
+            self._cache = self._source()
+            for number in range(case.count):
+                self._cache[number] = pattern.block(number)
             self._kv = dualkv.PagedKv(self._node.geometry, [self._cache])
+            self._checksums = self._kv.checksums(self._block_ids) if case.checksums == "known" else None
             self._peer = self._node.connect(address)
         except BaseException:
             self._node.close()
             raise
+
+    def _source(self) -> Bytes:
+        shape = (self._case.count, self._case.block_bytes)
+        if self._case.memory != "shared":
+            return aligned_blocks(*shape)
+        return self._node.allocate(shape[0] * shape[1]).reshape(shape)
 
     def ours(self) -> Run:
         """Prepare: the array of block ids. Post: the call. Done: the receiver has verified every byte."""
@@ -171,7 +196,9 @@ class Sender:
         block_ids = np.array(self._block_ids, np.uint32)
         cpu = cpu_seconds()
         posting = time.perf_counter()
-        operation = self._peer.send_layers(grant, self._kv, block_ids, deadline_s=DEADLINE_S)
+        operation = self._peer.send_layers(
+            grant, self._kv, block_ids, checksums=self._checksums, deadline_s=DEADLINE_S
+        )
         posted = time.perf_counter()
         operation.wait(DEADLINE_S)
         done = time.perf_counter()

@@ -172,6 +172,22 @@ def storage(**options: Any) -> "Measurement":
 @click.option(
     "--connections", default="1,2,4", callback=values.numbers, show_default=True, metavar="N[,...]", help="Of tcp."
 )
+@click.option(
+    "--memory",
+    default="shared,private",
+    callback=values.names("shared", "private"),
+    show_default=True,
+    metavar="NAME[,...]",
+    help="Of shm: what is sent from, Node.allocate() or any memory.",
+)
+@click.option(
+    "--checksums",
+    default="known,made",
+    callback=values.names("known", "made"),
+    show_default=True,
+    metavar="NAME[,...]",
+    help="Whether the sender has them (as of blocks from storage) or makes them; they are verified either way.",
+)
 def transfer(**options: Any) -> "Measurement":
     """Send blocks to another node, which verifies them, against bare sockets (tcp) or memcpy (shm, loopback)."""
     from dualkv.bench.transfer import TransferOptions, run_transfer
