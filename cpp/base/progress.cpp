@@ -2,6 +2,7 @@
 #include "base/progress.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
@@ -49,7 +50,7 @@ bool Progress::post(Task task) {
   const std::lock_guard lock(mutex_);
   if (stopping_) return false;
   posted_.push_back(std::move(task));
-  if (posted_.size() == 1) eventfd_write(wake_.get(), 1);
+  if (posted_.size() == 1 && !on_thread()) eventfd_write(wake_.get(), 1);
   return true;
 }
 
@@ -159,6 +160,7 @@ int Progress::wait(epoll_event* events, int most) {
     const int count = epoll_wait(epoll_.get(), events, most, 0);
     if (count != 0) return count;
     for (int i = 0; i < kPauses; ++i) pause_core();
+    sched_yield();  // to whoever else wants the core
     busy_ = Clock::now() < until;
   }
   const int count = sleep(events, most);
@@ -167,15 +169,19 @@ int Progress::wait(epoll_event* events, int most) {
 }
 
 void Progress::loop() {
+  id_ = std::this_thread::get_id();
   std::array<epoll_event, 64> events;
   for (;;) {
     run_posted();
     run_timers();
+    bool more = false;  // posted by what just ran
     {
       const std::lock_guard lock(mutex_);
-      if (stopping_ && posted_.empty()) return;
+      more = !posted_.empty();
+      if (stopping_ && !more) return;
     }
-    const int count = wait(events.data(), events.size());
+    const int most = events.size();
+    const int count = more ? epoll_wait(epoll_.get(), events.data(), most, 0) : wait(events.data(), most);
     const std::uint64_t newest = generation_;
     for (int i = 0; i < count; ++i) {
       // A handler may have closed a later fd of this batch, and its number may be in use again.

@@ -3,6 +3,7 @@
 
 #include <sys/epoll.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -37,7 +38,7 @@ class Progress {
   bool post(Task task);
   // Runs `task` there and waits for it. Runs it in place on the progress thread itself, or after the stop.
   void run(const Task& task);
-  bool on_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
+  bool on_thread() const { return std::this_thread::get_id() == id_.load(std::memory_order_relaxed); }
 
   void watch(int fd, std::uint32_t events, FdHandler handler);
   void rewatch(int fd, std::uint32_t events);
@@ -73,6 +74,7 @@ class Progress {
   std::map<std::pair<Clock::time_point, TimerId>, Task> timers_;
   std::map<TimerId, Clock::time_point> timer_times_;
   TimerId next_timer_ = 1;
+  std::atomic<std::thread::id> id_{};  // of thread_, once it runs
   std::thread thread_;
 };
 
