@@ -49,6 +49,11 @@ py::dict to_dict(const StagingStats& s) {
   out["waiting"] = s.waiting;
   out["locked"] = s.locked;
   out["pages"] = s.pages;
+  out["chunks"] = s.chunks;
+  out["ready_chunks"] = s.ready_chunks;
+  out["locked_bytes"] = s.locked_bytes;
+  out["prepare_s"] = s.prepare_s;
+  out["numa_bound"] = s.numa_bound;
   return out;
 }
 
@@ -57,6 +62,9 @@ py::dict to_dict(const StoreStats& s) {
   out["backend"] = s.backend;
   out["direct"] = s.direct;
   out["registered"] = s.registered;
+  out["registered_buffers"] = s.registered_buffers;
+  out["registered_bytes"] = s.registered_bytes;
+  out["register_s"] = s.register_s;
   out["alignment"] = s.alignment;
   out["blocks_read"] = s.blocks_read;
   out["bytes_read"] = s.bytes_read;
@@ -105,6 +113,11 @@ StagingOptions to_staging_options(const py::dict& d) {
   field(d, "lock_memory", o.lock_memory);
   field(d, "huge_pages", o.huge_pages);
   field(d, "shared", o.shared);
+  field(d, "chunk", o.chunk_bytes);
+  field(d, "prepare_threads", o.prepare_threads);
+  field(d, "lazy", o.lazy);
+  field(d, "lock_limit", o.lock_limit_bytes);
+  field(d, "numa_node", o.numa_node);
   return o;
 }
 

@@ -1,8 +1,10 @@
-// mmap with huge pages where allowed, mlock where allowed.
+// mmap, mbind and mlock, where allowed.
 #include "memory/region.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <fstream>
@@ -14,8 +16,6 @@ namespace dualkv {
 
 namespace {
 
-constexpr std::uint64_t kHugePageBytes = std::uint64_t{2} << 20;
-
 // madvise() succeeds also where transparent huge pages are switched off.
 bool transparent_huge_pages_off(bool shared) {
   std::ifstream file(shared ? "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -23,6 +23,16 @@ bool transparent_huge_pages_off(bool shared) {
   std::string modes;
   std::getline(file, modes);
   return modes.find("[never]") != std::string::npos || modes.find("[deny]") != std::string::npos;
+}
+
+// Without libnuma, which would be a dependency for one call.
+bool bind_to(void* data, std::uint64_t bytes, int node) {
+  constexpr int kPreferred = 1, kMove = 2;  // MPOL_PREFERRED, MPOL_MF_MOVE
+  constexpr unsigned long kBits = 1024;
+  if (node >= static_cast<int>(kBits)) return false;
+  unsigned long mask[kBits / (8 * sizeof(unsigned long))] = {};
+  mask[node / (8 * sizeof(unsigned long))] = 1UL << (node % (8 * sizeof(unsigned long)));
+  return syscall(SYS_mbind, data, bytes, kPreferred, mask, kBits, kMove) == 0;
 }
 
 }  // namespace
@@ -55,10 +65,10 @@ Region::Region(std::uint64_t bytes, const RegionOptions& options) : bytes_(bytes
   }
   // A fork must not turn DMA targets into copy-on-write pages.
   madvise(data_, mapped_, MADV_DONTFORK);
-  // All of it: a lock that ended within a huge page would split the mapping there, and the ring describes memory of
-  // mixed page sizes to the device page by page.
-  if (options.lock_memory) locked_ = mlock(data_, mapped_) == 0;
+  bound_ = options.numa_node < 0 || bind_to(data_, mapped_, options.numa_node);
 }
+
+bool Region::lock(std::uint64_t first, std::uint64_t bytes) { return mlock(data_ + first, bytes) == 0; }
 
 Region::~Region() { munmap(data_, mapped_); }
 

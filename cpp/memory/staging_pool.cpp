@@ -1,7 +1,9 @@
-// StagingPool: a free list, two FIFOs of waiters, and slots that return themselves.
+// StagingPool: memory prepared chunk by chunk, a free list, two FIFOs of waiters, and slots that return themselves.
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <mutex>
+#include <thread>
 
 #include "base/text.h"
 #include "dualkv/staging.h"
@@ -16,9 +18,40 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
         slots_(slot_count(geometry, options)),
         prompt_limit_(slots_ - std::clamp<std::uint32_t>(static_cast<std::uint32_t>(slots_ * options.transit_share), 1,
                                                          slots_ - 1)),
-        region_(slot_bytes_ * slots_, {options.lock_memory, options.huge_pages, options.shared}) {
+        options_(options),
+        region_(slot_bytes_ * slots_, {options.huge_pages, options.numa_node, options.shared}),
+        chunk_bytes_(chunk_size(options)),
+        chunk_ready_((region_.mapped_bytes() + chunk_bytes_ - 1) / chunk_bytes_) {
     free_.reserve(slots_);
-    for (std::uint32_t i = slots_; i-- > 0;) free_.push_back(region_.memory().data() + i * slot_bytes_);
+  }
+
+  // Once, after construction.
+  void prepare() {
+    // Nothing to prepare: memory that is not locked is touched when it is used.
+    if (!options_.lock_memory) return all_ready();
+    prepare_next();
+    const auto threads = std::min<std::size_t>(options_.prepare_threads, chunk_ready_.size() - 1);
+    for (std::size_t i = 0; i < threads; ++i) {
+      threads_.emplace_back([this] {
+        while (prepare_next()) {
+        }
+      });
+    }
+    if (options_.lazy) return;
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+  ~StagingState() {
+    next_chunk_ = chunk_ready_.size();
+    for (std::thread& thread : threads_) {
+      // The last handle may have been one that serve() handed to a waiter on the thread itself.
+      if (thread.get_id() == std::this_thread::get_id()) {
+        thread.detach();
+      } else {
+        thread.join();
+      }
+    }
   }
 
   Slot try_acquire(SlotUse use) {
@@ -73,11 +106,17 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
             prompt_limit_,
             prompt_slots_,
             static_cast<std::uint32_t>(waiting_[0].size() + waiting_[1].size()),
-            region_.locked(),
-            kPages[static_cast<int>(region_.pages())]};
+            options_.lock_memory && !lock_refused_,
+            kPages[static_cast<int>(region_.pages())],
+            static_cast<std::uint32_t>(chunk_ready_.size()),
+            ready_chunks_,
+            locked_bytes_,
+            ready_chunks_ == chunk_ready_.size() ? prepare_s_ : seconds_since_start(),
+            options_.numa_node >= 0 && region_.bound()};
   }
 
   std::uint64_t slot_bytes() const { return slot_bytes_; }
+  std::uint64_t ready_bytes() const { return ready_bytes_; }
   const Region& region() const { return region_; }
 
  private:
@@ -99,6 +138,55 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
       throw Error(Code::kInvalidArgument, text("transit_share = ", options.transit_share, ": must be 0 to 1"));
     }
     return static_cast<std::uint32_t>(std::min<std::uint64_t>(count, 1u << 24));
+  }
+
+  static std::uint64_t chunk_size(const StagingOptions& options) {
+    if (options.chunk_bytes == 0 || options.prepare_threads == 0 || options.prepare_threads > 64) {
+      throw Error(Code::kInvalidArgument, text("staging: chunk_bytes = ", options.chunk_bytes, ", prepare_threads = ",
+                                               options.prepare_threads, ": must be more than 0, and 1 to 64"));
+    }
+    constexpr std::uint64_t kPage = Region::kHugePageBytes;
+    return (std::min(options.chunk_bytes, std::uint64_t{1} << 40) + kPage - 1) / kPage * kPage;
+  }
+
+  double seconds_since_start() const { return std::chrono::duration<double>(Clock::now() - started_).count(); }
+
+  // False if there is no chunk left to prepare. Any thread.
+  bool prepare_next() {
+    const std::size_t chunk = next_chunk_++;
+    if (chunk >= chunk_ready_.size()) return false;
+    const std::uint64_t first = chunk * chunk_bytes_;
+    const std::uint64_t bytes = std::min(chunk_bytes_, region_.mapped_bytes() - first);
+    const bool wanted = options_.lock_limit_bytes == 0 || first + bytes <= options_.lock_limit_bytes;
+    const bool locked = wanted && region_.lock(first, bytes);
+    {
+      const std::lock_guard lock(mutex_);
+      lock_refused_ |= wanted && !locked;
+      locked_bytes_ += locked ? bytes : 0;
+      chunk_ready_[chunk] = true;
+      if (++ready_chunks_ == chunk_ready_.size()) prepare_s_ = seconds_since_start();
+      std::size_t ready = ready_bytes_ / chunk_bytes_;
+      while (ready < chunk_ready_.size() && chunk_ready_[ready]) ++ready;
+      become_ready(std::min(ready * chunk_bytes_, region_.mapped_bytes()));
+    }
+    if (const auto self = weak_from_this().lock()) self->serve();  // null when the last handle is gone
+    return true;
+  }
+
+  void all_ready() {
+    const std::lock_guard lock(mutex_);
+    ready_chunks_ = static_cast<std::uint32_t>(chunk_ready_.size());
+    become_ready(region_.mapped_bytes());
+  }
+
+  // Puts the slots that lie wholly in the first `bytes` to use, the lowest to be taken first. With the lock.
+  void become_ready(std::uint64_t bytes) {
+    const auto end = static_cast<std::uint32_t>(std::min<std::uint64_t>(bytes / slot_bytes_, slots_));
+    std::vector<std::byte*> fresh;
+    for (std::uint32_t i = end; i-- > ready_slots_;) fresh.push_back(region_.memory().data() + i * slot_bytes_);
+    free_.insert(free_.begin(), fresh.begin(), fresh.end());
+    ready_slots_ = std::max(ready_slots_, end);
+    ready_bytes_ = bytes;
   }
 
   void check_possible(std::uint32_t count, SlotUse use) const {
@@ -159,20 +247,35 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
   const std::uint64_t slot_bytes_;
   const std::uint32_t slots_;
   const std::uint32_t prompt_limit_;
+  const StagingOptions options_;
+  const Clock::time_point started_ = Clock::now();
   Region region_;
+  const std::uint64_t chunk_bytes_;
+  std::atomic<std::size_t> next_chunk_{0};
+  std::atomic<std::uint64_t> ready_bytes_{0};  // of the region, from its start
+  std::vector<std::thread> threads_;           // that prepare chunks
   mutable std::mutex mutex_;
   std::vector<std::byte*> free_;
   std::deque<Waiter> waiting_[2];
   std::uint32_t prompt_slots_ = 0;
   std::uint64_t last_ticket_ = 0;
+  std::vector<bool> chunk_ready_;
+  std::uint32_t ready_chunks_ = 0;
+  std::uint32_t ready_slots_ = 0;
+  std::uint64_t locked_bytes_ = 0;
+  bool lock_refused_ = false;
+  double prepare_s_ = 0;
   std::function<void()> listener_;
 };
 
 StagingPool::StagingPool(const KvGeometry& geometry, const StagingOptions& options)
-    : state_(std::make_shared<StagingState>(geometry, options)) {}
+    : state_(std::make_shared<StagingState>(geometry, options)) {
+  state_->prepare();
+}
 
 std::uint64_t StagingPool::slot_bytes() const { return state_->slot_bytes(); }
 std::span<std::byte> StagingPool::memory() const { return state_->region().memory(); }
+std::uint64_t StagingPool::ready_bytes() const { return state_->ready_bytes(); }
 int StagingPool::shared_fd() const { return state_->region().shared_fd(); }
 StagingStats StagingPool::stats() const { return state_->stats(); }
 Slot StagingPool::try_acquire(SlotUse use) { return state_->try_acquire(use); }

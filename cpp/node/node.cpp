@@ -198,7 +198,8 @@ Peer Node::peer(const std::string& name) {
 std::shared_ptr<std::byte> Node::allocate(std::uint64_t bytes) {
   if (bytes == 0) throw Error(Code::kInvalidArgument, "allocate: 0 bytes");
   const StagingOptions& like = state_->options().staging;
-  const auto region = std::make_shared<Region>(bytes, RegionOptions{like.lock_memory, like.huge_pages, true});
+  const auto region = std::make_shared<Region>(bytes, RegionOptions{like.huge_pages, like.numa_node, true});
+  if (like.lock_memory) region->lock(0, region->mapped_bytes());
   const std::uint32_t id = run(*state_, [&] { return state_->share(region->memory(), region->shared_fd()); });
   return std::shared_ptr<std::byte>(region->memory().data(), [node = state_, region, id](std::byte*) {
     node->progress().run([&] { node->unshare(id); });

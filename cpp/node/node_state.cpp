@@ -89,6 +89,9 @@ NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
   if (options_.staging.huge_pages && staging.pages != "huge") {
     fallbacks_.count("no_huge_pages", "reserve some with sysctl vm.nr_hugepages");
   }
+  if (options_.staging.numa_node >= 0 && !staging.numa_bound) {
+    fallbacks_.count("staging_not_bound", text("mbind to NUMA node ", options_.staging.numa_node, " was refused"));
+  }
 }
 
 NodeState::~NodeState() { close(); }

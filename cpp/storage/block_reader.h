@@ -1,6 +1,7 @@
 // BlockReader: asynchronous reads of block files into staging. Every backend passes one conformance suite.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -71,10 +72,19 @@ struct FileAccess {
   std::uint32_t alignment = 1;
 };
 
-// Throws Error(kUnsupported), naming the cure, where the kernel or the build has no io_uring. `registered` tells
-// whether `memory` is registered with the ring.
+// How much of the staging is registered with the ring so far, and what it took.
+struct Registration {
+  std::atomic<bool> refused{false};
+  std::atomic<std::uint32_t> buffers{0};
+  std::atomic<std::uint64_t> bytes{0};
+  std::atomic<std::uint64_t> ns{0};
+};
+
+// Throws Error(kUnsupported), naming the cure, where the kernel or the build has no io_uring. Registers the pool's
+// memory as it becomes ready.
 std::unique_ptr<BlockReader> make_uring_reader(const KvGeometry& geometry, const FileAccess& access,
-                                               std::span<std::byte> memory, std::uint32_t depth, bool* registered);
+                                               const StagingPool& pool, std::uint32_t depth,
+                                               std::shared_ptr<Registration> registration);
 std::unique_ptr<BlockReader> make_pread_reader(const KvGeometry& geometry, const FileAccess& access,
                                                std::uint32_t depth);
 // Paces submissions to bytes_per_s, as a storage NIC of that speed would.

@@ -101,9 +101,9 @@ std::unique_ptr<BlockReader> StoreState::make_reader() {
   std::unique_ptr<BlockReader> reader;
   if (options_.backend != "pread") {
     try {
-      reader = make_uring_reader(geometry_, access_, pool_.memory(), options_.depth, &registered_);
+      reader = make_uring_reader(geometry_, access_, pool_, options_.depth, registration_);
       backend_ = "uring";
-      if (!registered_) fallbacks_.count("uring_buffers_not_registered", "memlock limit or kernel");
+      if (registration_->refused) fallbacks_.count("uring_buffers_not_registered", "memlock limit or kernel");
     } catch (const Error& error) {
       if (options_.backend == "uring") throw;
       fallbacks_.count("no_uring", error.what());
@@ -149,7 +149,10 @@ StoreStats StoreState::stats() const {
   StoreStats stats;
   stats.backend = backend_;
   stats.direct = access_.direct;
-  stats.registered = registered_;
+  stats.registered = backend_ == "uring" && !registration_->refused;
+  stats.registered_buffers = registration_->buffers;
+  stats.registered_bytes = registration_->bytes;
+  stats.register_s = static_cast<double>(registration_->ns) / 1e9;
   stats.alignment = access_.alignment;
   const ReadCounters reads = reads_->counters();
   stats.blocks_read = reads.blocks;

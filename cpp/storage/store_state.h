@@ -50,7 +50,7 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
   BlockDirectory directory_;
   FileAccess access_;
   std::string backend_;
-  bool registered_ = false;
+  const std::shared_ptr<Registration> registration_ = std::make_shared<Registration>();
   std::atomic<bool> closed_{false};
   std::shared_ptr<ReadQueue> reads_;
   std::unique_ptr<BlockWriter> writer_;

@@ -20,7 +20,8 @@ namespace dualkv {
 namespace {
 
 constexpr std::uint64_t kMaxBufferBytes = std::uint64_t{1} << 30;  // kernel limit of one registered buffer
-constexpr std::size_t kMaxBuffers = 1024;                          // UIO_MAXIOV, the limit of older kernels
+constexpr std::uint64_t kBufferBytes = std::uint64_t{256} << 20;   // registered at once, if there are not too many
+constexpr std::uint64_t kMaxBuffers = 16384;                       // kernel limit
 constexpr auto kRetryPause = std::chrono::milliseconds(1);         // after the kernel took no submissions
 
 // What the kernel refused, and the likely cure.
@@ -57,11 +58,13 @@ class Ring {
 // completion; idle() closes what is left.
 class UringReader : public BlockReader {
  public:
-  UringReader(const KvGeometry& geometry, const FileAccess& access, std::span<std::byte> memory, std::uint32_t depth,
-              bool* registered)
+  UringReader(const KvGeometry& geometry, const FileAccess& access, const StagingPool& pool, std::uint32_t depth,
+              std::shared_ptr<Registration> registration)
       : geometry_(geometry),
         access_(access),
-        memory_(memory),
+        pool_(pool),
+        memory_(pool_.memory()),
+        registration_(std::move(registration)),
         entries_(depth),
         event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
         ring_(depth) {
@@ -69,7 +72,8 @@ class UringReader : public BlockReader {
     const std::vector<int> files(depth, -1);
     if (const int error = io_uring_register_files(ring_.get(), files.data(), depth); error < 0) refuse(-error);
     probe_files();
-    *registered = register_memory();
+    reserve_buffers();
+    register_ready();
     for (std::uint32_t i = depth; i-- > 0;) free_.push_back(i);
   }
 
@@ -89,6 +93,7 @@ class UringReader : public BlockReader {
 
   bool try_submit(const ReadRequest& request) noexcept override {
     if (free_.empty()) return false;
+    register_ready();
     const std::uint32_t index = free_.back();
     free_.pop_back();
     Entry& entry = entries_[index];
@@ -150,18 +155,34 @@ class UringReader : public BlockReader {
            static_cast<std::uint8_t>(step);
   }
 
-  bool register_memory() {
-    // A slot must lie in one buffer, so buffers hold whole slots.
+  // A slot must lie in one buffer, so buffers hold whole slots.
+  void reserve_buffers() {
     const std::uint64_t slot = geometry_.file_bytes();
-    if (slot > kMaxBufferBytes) return false;
-    buffer_bytes_ = kMaxBufferBytes / slot * slot;
-    std::vector<iovec> buffers;
-    for (std::uint64_t at = 0; at < memory_.size(); at += buffer_bytes_) {
-      buffers.push_back({memory_.data() + at, std::min<std::size_t>(buffer_bytes_, memory_.size() - at)});
+    const std::uint64_t wanted = std::max({kBufferBytes, slot, memory_.size() / (kMaxBuffers / 2)});
+    buffer_bytes_ = wanted / slot * slot;
+    buffers_ = static_cast<std::uint32_t>((memory_.size() + buffer_bytes_ - 1) / buffer_bytes_);
+    const bool fits = buffer_bytes_ <= kMaxBufferBytes && buffers_ <= kMaxBuffers;
+    if (!fits || io_uring_register_buffers_sparse(ring_.get(), buffers_) < 0) registration_->refused = true;
+  }
+
+  // Registers the buffers whose memory has been prepared since the last time.
+  void register_ready() {
+    const std::uint64_t ready = std::min<std::uint64_t>(pool_.ready_bytes(), memory_.size());
+    while (!registration_->refused && registration_->buffers < buffers_) {
+      const std::uint32_t next = registration_->buffers;
+      const std::uint64_t first = next * buffer_bytes_;
+      const std::uint64_t bytes = std::min(buffer_bytes_, memory_.size() - first);
+      if (first + bytes > ready) return;
+      const auto begin = Clock::now();
+      const iovec memory{memory_.data() + first, bytes};
+      if (io_uring_register_buffers_update_tag(ring_.get(), next, &memory, nullptr, 1) != 1) {
+        registration_->refused = true;
+        return;
+      }
+      ++registration_->buffers;
+      registration_->bytes += bytes;
+      registration_->ns += static_cast<std::uint64_t>((Clock::now() - begin).count());
     }
-    if (buffers.size() > kMaxBuffers) return false;
-    registered_ = io_uring_register_buffers(ring_.get(), buffers.data(), static_cast<unsigned>(buffers.size())) == 0;
-    return registered_;
   }
 
   // Opens a directory twice into one place and closes it: what the reads will do, so that a kernel too old for it is
@@ -214,10 +235,10 @@ class UringReader : public BlockReader {
     std::byte* target = entry.request.slot + offset;
     const auto bytes = static_cast<unsigned>(std::min<std::uint64_t>(run.bytes - entry.run_done, kMaxBufferBytes));
     io_uring_sqe* sqe = next_sqe(1);
-    const bool inside = target >= memory_.data() && target < memory_.data() + memory_.size();
-    if (registered_ && inside) {
-      const auto buffer = static_cast<int>((target - memory_.data()) / static_cast<std::ptrdiff_t>(buffer_bytes_));
-      io_uring_prep_read_fixed(sqe, static_cast<int>(index), target, bytes, offset, buffer);
+    const std::uint64_t place = static_cast<std::uint64_t>(target - memory_.data());  // huge if it is not in there
+    const std::uint64_t buffer = place / buffer_bytes_;
+    if (buffer < registration_->buffers) {
+      io_uring_prep_read_fixed(sqe, static_cast<int>(index), target, bytes, offset, static_cast<int>(buffer));
     } else {
       io_uring_prep_read(sqe, static_cast<int>(index), target, bytes, offset);
     }
@@ -280,13 +301,15 @@ class UringReader : public BlockReader {
 
   const KvGeometry geometry_;
   const FileAccess access_;
+  const StagingPool pool_;
   const std::span<std::byte> memory_;
+  const std::shared_ptr<Registration> registration_;
   std::vector<Entry> entries_;
   std::vector<std::uint32_t> free_;
   std::deque<ReadCompletion> done_;
   std::uint64_t buffer_bytes_ = 0;
-  bool registered_ = false;
-  bool refused_ = false;  // the kernel did not take the last submissions
+  std::uint32_t buffers_ = 0;  // that all of the memory makes
+  bool refused_ = false;       // the kernel did not take the last submissions
   Fd event_;
   Ring ring_;
 };
@@ -294,14 +317,15 @@ class UringReader : public BlockReader {
 }  // namespace
 
 std::unique_ptr<BlockReader> make_uring_reader(const KvGeometry& geometry, const FileAccess& access,
-                                               std::span<std::byte> memory, std::uint32_t depth, bool* registered) {
-  return std::make_unique<UringReader>(geometry, access, memory, depth, registered);
+                                               const StagingPool& pool, std::uint32_t depth,
+                                               std::shared_ptr<Registration> registration) {
+  return std::make_unique<UringReader>(geometry, access, pool, depth, std::move(registration));
 }
 
 #else
 
-std::unique_ptr<BlockReader> make_uring_reader(const KvGeometry&, const FileAccess&, std::span<std::byte>,
-                                               std::uint32_t, bool*) {
+std::unique_ptr<BlockReader> make_uring_reader(const KvGeometry&, const FileAccess&, const StagingPool&, std::uint32_t,
+                                               std::shared_ptr<Registration>) {
   throw Error(Code::kUnsupported,
               "this build has no io_uring: install liburing's headers (Debian: apt install liburing-dev) and "
               "reinstall dualkv, or use backend='pread'");

@@ -32,6 +32,13 @@ struct StagingOptions {
   // Peers on this host map the pool and read it without the kernel's help (shm). A node turns it on when it listens on
   // shm://. Transparent huge pages then need transparent_hugepage/shmem_enabled.
   bool shared = false;
+  // The pool is locked (and so touched) in chunks of this size, rounded up to 2 MiB, by so many threads at once.
+  std::uint64_t chunk_bytes = std::uint64_t{256} << 20;
+  std::uint32_t prepare_threads = 2;
+  // Opening waits for the first chunk only; the slots of the others come as they are ready.
+  bool lazy = false;
+  std::uint64_t lock_limit_bytes = 0;  // lock at most so much, the first part of the pool; 0 = all
+  int numa_node = -1;                  // where the memory is; -1 = as the kernel likes
 };
 
 struct StagingStats {
@@ -40,8 +47,13 @@ struct StagingStats {
   std::uint32_t prompt_limit = 0;  // most slots prompts may hold at once
   std::uint32_t prompt_slots = 0;
   std::uint32_t waiting = 0;
-  bool locked = false;
-  std::string pages;  // "huge", "transparent huge" or "small"
+  bool locked = false;  // all that has been prepared, up to the limit
+  std::string pages;    // "huge", "transparent huge" or "small"
+  std::uint32_t chunks = 0;
+  std::uint32_t ready_chunks = 0;
+  std::uint64_t locked_bytes = 0;
+  double prepare_s = 0;  // from opening until the last chunk was ready; so far, if one is not
+  bool numa_bound = false;
 };
 
 class StagingState;
@@ -54,6 +66,8 @@ class StagingPool {
 
   std::uint64_t slot_bytes() const;
   std::span<std::byte> memory() const;
+  // The first bytes of memory() that are prepared: whole slots of it can be in use, and are worth registering.
+  std::uint64_t ready_bytes() const;
   int shared_fd() const;  // the memfd behind memory(), if it is shared; else -1
   StagingStats stats() const;
   // Null if no slot is free for this use, or if somebody is waiting already (FIFO).

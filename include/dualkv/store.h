@@ -47,7 +47,10 @@ struct StoreOptions {
 struct StoreStats {
   std::string backend;  // what is really in use
   bool direct = false;
-  bool registered = false;  // staging registered with the ring
+  bool registered = false;  // staging is registered with the ring, as it becomes ready
+  std::uint32_t registered_buffers = 0;
+  std::uint64_t registered_bytes = 0;
+  double register_s = 0;  // what registering took so far
   std::uint32_t alignment = 0;
   std::uint64_t blocks_read = 0;
   std::uint64_t bytes_read = 0;

@@ -26,7 +26,17 @@ _STORE_OPTIONS = {
     "faults",
 }
 _FAULTS = {"seed", "error_rate", "short_rate", "corrupt_rate", "drop_rate", "delay_rate", "delay_s"}
-_STAGING_OPTIONS = {"transit_share", "lock_memory", "huge_pages", "shared"}
+_STAGING_OPTIONS = {
+    "transit_share",
+    "lock_memory",
+    "huge_pages",
+    "shared",
+    "chunk",
+    "prepare_threads",
+    "lazy",
+    "lock_limit",
+    "numa_node",
+}
 
 
 def root_of(url: str) -> str:
@@ -57,7 +67,11 @@ def to_store_options(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def to_staging_options(size: int | str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the staging pool as the core takes them."""
     check_options(options, _STAGING_OPTIONS, "staging")
-    return {"bytes": parse_size(size), **options}
+    out = {"bytes": parse_size(size), **options}
+    for name in ("chunk", "lock_limit"):
+        if name in out:
+            out[name] = parse_size(out[name])
+    return out
 
 
 class Acquisition(Operation):
@@ -82,7 +96,7 @@ class StagingPool:
     Args:
         geometry: fixes the size of a slot.
         size: of the pool, at least two slots: bytes or like ``"64MiB"``.
-        options: ``transit_share``, ``lock_memory``, ``huge_pages``, ``shared`` (docs/settings.md).
+        options: ``transit_share``, ``lock_memory``, ``huge_pages``, ``shared``, ``lazy`` ... (docs/settings.md).
     """
 
     def __init__(self, geometry: KvGeometry, size: int | str, **options: Any) -> None:

@@ -21,7 +21,7 @@ Bytes valid_trailer() {
 }
 
 Bytes valid_write(std::uint32_t extents) {
-  WriteHeader write{1, 2, 1, extents, std::vector<WriteEntry>(3)};
+  WriteHeader write{1, 2, 1, extents, extents == 0 ? 0u : 5u, std::vector<WriteEntry>(3)};
   for (WriteEntry& entry : write.entries) {
     if (extents > 0) entry.source[0] = {nullptr, extents == 1 ? 900u : 400u};
     if (extents > 1) entry.source[1] = {nullptr, 500};

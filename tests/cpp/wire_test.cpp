@@ -110,7 +110,7 @@ TEST(Frame, UnknownTypesAreRefused) {
   std::uint16_t version;
   std::memcpy(&magic, good.data(), 4);
   std::memcpy(&version, good.data() + 4, 2);
-  for (const std::uint16_t type : {0, 10, 255, 256, 65535}) {
+  for (const std::uint16_t type : {0, 11, 255, 256, 65535}) {
     EXPECT_EQ(max_body_bytes(static_cast<FrameType>(type)), 0u);
     const Bytes frame = forged(magic, version, type, 0, 0);
     const auto header = header_of(frame);
@@ -121,7 +121,7 @@ TEST(Frame, UnknownTypesAreRefused) {
 class WriteFrame : public ::testing::Test {
  protected:
   WriteHeader make(std::uint32_t extents, std::size_t blocks = 3) const {
-    WriteHeader write{7, 99, 2, extents, {}};
+    WriteHeader write{7, 99, 2, extents, extents == 0 ? 0u : 12u, {}};
     for (std::uint32_t i = 0; i < blocks; ++i) {
       WriteEntry entry;
       entry.block = 10 + i;
@@ -153,6 +153,7 @@ TEST_F(WriteFrame, RoundTrip) {
     EXPECT_EQ(back->grant, write.grant);
     EXPECT_EQ(back->layer, write.layer);
     EXPECT_EQ(back->extents, extents);
+    EXPECT_EQ(back->region, write.region);
     ASSERT_EQ(back->entries.size(), 3u);
     for (std::size_t i = 0; i < 3; ++i) {
       EXPECT_EQ(back->entries[i].block, write.entries[i].block);

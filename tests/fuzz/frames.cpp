@@ -47,6 +47,7 @@ void try_writes(Bytes in) {
     require(write->layer < geometry().layers() && write->entries.size() <= dualkv::kMaxWriteBlocks);
     require(same(dualkv::encode_write(*write), in));
   }
+  if (const auto regions = dualkv::decode_regions(in)) require(same(dualkv::encode_regions(*regions), in));
   if (const auto done = dualkv::decode_write_done(in)) require(same(dualkv::encode_write_done(*done), in));
 }
 
