@@ -62,7 +62,6 @@ const std::shared_ptr<Milestones>& Load::milestones() const { return task_->mile
 
 Status Load::wait(std::uint32_t layer, Clock::time_point until) const {
   check_layer(layer, layers());
-  if (task_->milestones()->reached(layer)) return {};
   const auto begin = Clock::now();
   Status status = task_->milestones()->wait(layer, until);
   task_->note_wait(layer, begin, Clock::now());

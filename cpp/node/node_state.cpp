@@ -349,12 +349,22 @@ void NodeState::add_asked(const std::string& peer, std::int64_t bytes) {
   peers_[peer].asked_bytes += bytes;
 }
 
-void NodeState::tick() {
+void NodeState::add_task(const std::shared_ptr<NodeTask>& task) {
+  tasks_.push_back(task);
+  if (!std::exchange(resting_, false)) return;
+  progress_->cancel(tick_);
   tick_ = progress_->at(Clock::now() + kTick, [this] { tick(); });
+}
+
+void NodeState::tick() {
   std::erase_if(tasks_, [](const auto& weak) { return weak.expired(); });
+  resting_ = tasks_.empty() && storage().reads().counters().queue_bytes == 0;
   report_view();
   check_silence();
   check_pulse(view());
+  // Last, so that the next view is due when it comes.
+  const auto pause = resting_ ? std::max<Clock::duration>(kTick, seconds(options_.heartbeat_s)) : kTick;
+  tick_ = progress_->at(Clock::now() + pause, [this] { tick(); });
 }
 
 void NodeState::report_view() {

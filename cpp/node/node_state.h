@@ -71,7 +71,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   // Progress thread.
   std::shared_ptr<Link> find_link(const std::string& peer) const;
   void send(Link& link, const Message& message) { link.send(encode_message(message)); }
-  void add_task(const std::shared_ptr<NodeTask>& task) { tasks_.push_back(task); }
+  void add_task(const std::shared_ptr<NodeTask>& task);
   void add_load(std::uint64_t id, const std::shared_ptr<LoadTask>& task) { loads_[id] = task; }
   void remove_load(std::uint64_t id, bool failed, std::uint32_t failovers);
   std::uint32_t active_loads() const { return static_cast<std::uint32_t>(loads_.size()); }
@@ -149,6 +149,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   std::unordered_map<std::uint64_t, std::shared_ptr<IncomingTask>> incomings_;
   std::map<std::string, Pulse> pulses_;
   Progress::TimerId tick_ = 0;
+  bool resting_ = false;  // nothing is going on: ticks come with the heartbeat only
   Clock::time_point reported_at_{};
   NodeView reported_;
   bool closing_ = false;

@@ -326,8 +326,11 @@ std::uint64_t BlockDirectory::evict(std::vector<File> files, std::uint64_t quota
   }
   std::uint64_t evicted = 0;
   while (total > quota_bytes && !leaves.empty()) {
-    const File& file = files[leaves.top()];
+    File& file = files[leaves.top()];
     leaves.pop();
+    // Another node may have used it since the scan.
+    struct stat now;
+    if (fstatat(directory_.get(), block_path(file.key).c_str(), &now, 0) == 0) file.last_use = now.st_mtim;
     if (in_use(file)) continue;
     evicted += remove(file.key);  // false: gone already, which frees it just as well
     total -= file.bytes;

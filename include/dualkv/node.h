@@ -76,7 +76,7 @@ struct LoadResult {
   double started_s = 0;  // when the load began, on CLOCK_MONOTONIC
   std::vector<PathResult> paths;
   std::vector<double> layer_ready_s;
-  std::vector<double> layer_wait_begin_s;  // first wait(layer) that had to wait, and its end; 0 = none had to
+  std::vector<double> layer_wait_begin_s;  // first wait(layer), and its end; 0 = nobody waited
   std::vector<double> layer_wait_end_s;
   std::vector<double> layer_published_s;     // when publish(layer) was called; 0 = never
   std::vector<double> layer_publish_done_s;  // when the decode node had verified the layer; 0 = never

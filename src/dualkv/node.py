@@ -79,8 +79,6 @@ class Load:
 
     async def layer(self, layer: int) -> None:
         """The awaitable form of :meth:`wait`."""
-        if self.ready(layer):
-            return
         began_s = time.monotonic()
         try:
             await until(self._milestones, self._layer(layer))

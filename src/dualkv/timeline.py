@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _ENGINE_THREAD = 1
+_LEAST_WAIT_S = 5e-6  # less is the call itself: the layer was there
 
 
 def chrome_trace(results: Iterable[Mapping[str, Any]], names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class _Events:
 
     def _engine(self, layer: int) -> Iterator[dict[str, Any]]:
         waits, ends = self._result["layer_wait_begin_s"], self._result["layer_wait_end_s"]
-        if ends[layer]:
+        if ends[layer] - waits[layer] > _LEAST_WAIT_S:
             yield self._slice("wait", layer, waits[layer], ends[layer])
         begin = max(ends[layer], self._result["layer_ready_s"][layer])
         end = self._result["layer_published_s"][layer] or (waits[layer + 1] if layer + 1 < self._layers else 0)

@@ -3,9 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "base/checksum_kernel.h"
@@ -99,6 +101,29 @@ TEST(Hash, OneFlippedBitChangesTheChecksumOfACopy) {
   const std::uint64_t before = copy_checksum(data, target);
   data[40000] ^= std::byte{1};
   EXPECT_NE(copy_checksum(data, target), before);
+}
+
+// The source is another process's memory: whoever withdraws a send reuses it at once, in the middle of a copy too. The
+// checksum then speaks of the bytes that were copied, not of those that were there a moment before.
+TEST(Hash, TheChecksumIsOfTheBytesThatWereCopied) {
+  for (const std::size_t size : {512, 4096, 5000, 16384}) {
+    for (const std::size_t misalign : {0, 1}) {
+      auto source = noise(size);
+      std::vector<std::byte> out(size + 64 + misalign);
+      std::byte* at = out.data() + (64 - reinterpret_cast<std::uintptr_t>(out.data()) % 64) % 64 + misalign;
+      const Extent target[] = {{at, size}};
+      std::atomic<bool> stop{false};
+      std::thread writer([&] {
+        std::atomic_ref<std::byte> changing(source[size / 2]);
+        for (std::uint8_t i = 0; !stop.load(std::memory_order_relaxed); ++i) changing.store(std::byte{i});
+      });
+      int wrong = 0;
+      for (int round = 0; round < 20000; ++round) wrong += copy_checksum(source, target) != XXH3_64bits(at, size);
+      stop = true;
+      writer.join();
+      EXPECT_EQ(wrong, 0) << size << " bytes" << (misalign ? ", not aligned" : "");
+    }
+  }
 }
 
 }  // namespace

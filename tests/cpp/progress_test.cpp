@@ -3,6 +3,7 @@
 
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 
 #include <atomic>
 
@@ -240,6 +241,126 @@ TEST(Progress, ManyLivesWithPostersRacingTheStop) {
     progress.stop();
     poster.join();
     EXPECT_EQ(ran, accepted) << "an accepted task runs, a refused one does not";
+  }
+}
+
+// Nothing but the task itself knows of the next one: without it the thread would sleep on.
+TEST(Progress, WhatAHandlerPostsRunsWithoutAWakeUp) {
+  for (const int spin_us : {0, 50}) {
+    Progress progress("test", std::chrono::microseconds(spin_us));
+    const Fd fd = event();
+    std::atomic<int> from_task{0}, from_timer{0}, from_handler{0};
+    std::function<void()> again = [&] {
+      if (++from_task < 1000) progress.post(again);
+    };
+    progress.post([&] {
+      progress.post(again);
+      progress.at(in(0.001), [&] { progress.post([&] { ++from_timer; }); });
+      progress.watch(fd.get(), EPOLLIN, [&](std::uint32_t) {
+        progress.unwatch(fd.get());
+        progress.post([&] { ++from_handler; });
+      });
+      eventfd_write(fd.get(), 1);
+    });
+    EXPECT_TRUE(eventually([&] { return from_task == 1000; })) << from_task << " of 1000, spin " << spin_us;
+    EXPECT_TRUE(eventually([&] { return from_timer == 1; })) << "spin " << spin_us;
+    EXPECT_TRUE(eventually([&] { return from_handler == 1; })) << "spin " << spin_us;
+  }
+}
+
+TEST(Progress, ATaskThatPostsItselfForEverStarvesNobody) {
+  Progress progress("test");
+  const Fd fd = event();
+  std::atomic<bool> stop{false}, timer{false}, handler{false}, posted{false};
+  std::function<void()> again = [&] {
+    if (!stop) progress.post(again);
+  };
+  progress.post([&] {
+    progress.watch(fd.get(), EPOLLIN, [&](std::uint32_t) {
+      progress.unwatch(fd.get());
+      handler = true;
+    });
+    progress.at(in(0.01), [&] { timer = true; });
+    again();
+  });
+  eventfd_write(fd.get(), 1);
+  progress.post([&] { posted = true; });
+  EXPECT_TRUE(eventually([&] { return timer && handler && posted; })) << timer << handler << posted;
+  stop = true;
+}
+
+TEST(Progress, TimersAreNeverEarlyAndSeldomLate) {
+  for (const int spin_us : {0, 50, 1000}) {
+    Progress progress("test", std::chrono::microseconds(spin_us));
+    std::vector<Clock::time_point> due, fired;
+    std::atomic<bool> done{false};
+    progress.run([&] {
+      const auto now = Clock::now();
+      for (int i = 0; i < 40; ++i) {
+        due.push_back(now + std::chrono::microseconds(700 * i + 13));
+        progress.at(due.back(), [&] { fired.push_back(Clock::now()); });
+      }
+      progress.at(due.back(), [&] { done = true; });
+    });
+    ASSERT_TRUE(eventually([&] { return done.load(); }));
+    std::size_t late = 0;
+    for (std::size_t i = 0; i < due.size(); ++i) {
+      EXPECT_GE(fired[i], due[i]) << "timer " << i << " of " << due.size() << ", spin " << spin_us;
+      late += fired[i] - due[i] > std::chrono::milliseconds(5);
+    }
+    EXPECT_LT(late, due.size() / 2) << "most of them within a few milliseconds, spin " << spin_us;
+  }
+}
+
+double cpu_seconds(Progress& progress) {
+  timespec used{};
+  progress.run([&] { clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used); });
+  return static_cast<double>(used.tv_sec) + static_cast<double>(used.tv_nsec) / 1e9;
+}
+
+// With a timer like a node's.
+TEST(Progress, AnIdleThreadThatMaySpinSleeps) {
+  Progress progress("test", std::chrono::microseconds(1000));
+  std::function<void()> tick = [&] { progress.at(in(0.02), tick); };
+  progress.run(tick);
+  for (int i = 0; i < 1000; ++i) progress.run([] {});  // it has been busy, and may spin
+  const double before = cpu_seconds(progress);
+  std::this_thread::sleep_for(std::chrono::seconds(1));
+  EXPECT_LT(cpu_seconds(progress) - before, 0.02) << "CPU seconds in a second of nothing to do";
+}
+
+TEST(Progress, HandlersOfOneBatchMayCloseAndReuseEachOthersDescriptors) {
+  for (int round = 0; round < 50; ++round) {
+    Progress progress("test", std::chrono::microseconds(50));
+    std::vector<std::unique_ptr<Fd>> fds;
+    std::atomic<int> stale{0}, fresh{0};
+    progress.run([&] {
+      std::vector<int> numbers;
+      for (int i = 0; i < 8; ++i) {
+        fds.push_back(std::make_unique<Fd>(event()));
+        numbers.push_back(fds.back()->get());
+      }
+      const auto close_all = [&](std::uint32_t) {
+        if (++stale > 1) return;  // only the first of the batch may run
+        for (auto& fd : fds) progress.unwatch(fd->get());
+        for (auto& fd : fds) fd->reset();
+        for (auto& fd : fds) {
+          *fd = event();  // the same numbers, other descriptors: nothing has happened on them
+          progress.watch(fd->get(), EPOLLIN, [&](std::uint32_t) { ++fresh; });
+        }
+      };
+      for (int number : numbers) {
+        progress.watch(number, EPOLLIN, close_all);
+        eventfd_write(number, 1);
+      }
+    });
+    ASSERT_TRUE(eventually([&] { return stale > 0; }));
+    for (int i = 0; i < 10; ++i) progress.run([] {});
+    EXPECT_EQ(stale, 1);
+    EXPECT_EQ(fresh, 0) << "an event of the closed descriptor reached the new one of that number";
+    progress.run([&] {
+      for (auto& fd : fds) progress.unwatch(fd->get());
+    });
   }
 }
 

@@ -1,4 +1,7 @@
 // StagingPool: fairness, the prompts' share, withdrawal, and memory that outlives the handle.
+#include <fcntl.h>
+#include <sys/stat.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -277,6 +280,238 @@ TEST_F(StagingPoolTest, ManyThreads) {
   EXPECT_EQ(pool.stats().free_slots, 8u);
   EXPECT_EQ(pool.stats().prompt_slots, 0u);
   EXPECT_EQ(pool.stats().waiting, 0u);
+}
+
+// --- prepared in chunks
+
+class PreparedPoolTest : public StagingPoolTest {
+ protected:
+  static constexpr std::uint64_t kChunk = std::uint64_t{2} << 20;  // the smallest there is
+
+  // Locks memory; where the machine's limit is lower, it is refused and still prepared.
+  StagingOptions chunked(std::uint64_t bytes) {
+    StagingOptions options;
+    options.bytes = bytes;
+    options.huge_pages = false;
+    options.chunk_bytes = kChunk;
+    return options;
+  }
+  static bool all_ready(const StagingPool& pool) {
+    return eventually([&] { return pool.stats().ready_chunks == pool.stats().chunks; });
+  }
+  static void expect_consistent(const StagingPool& pool, const StagingOptions& options) {
+    const StagingStats stats = pool.stats();
+    EXPECT_LE(stats.ready_chunks, stats.chunks);
+    EXPECT_LE(stats.free_slots, stats.slots);
+    EXPECT_LE(stats.free_slots * pool.slot_bytes(), pool.ready_bytes());
+    EXPECT_LE(stats.locked_bytes, stats.ready_chunks * options.chunk_bytes);
+    EXPECT_GE(stats.prepare_s, 0);
+    if (options.lock_limit_bytes > 0) EXPECT_LE(stats.locked_bytes, options.lock_limit_bytes);
+  }
+  static std::size_t threads() {
+    std::size_t count = 0;
+    for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) count += task.exists();
+    return count;
+  }
+};
+
+TEST_F(PreparedPoolTest, ChunksOfEverySizeMakeEverySlotAvailable) {
+  const KvGeometry large(std::vector<std::uint64_t>(3, std::uint64_t{1} << 20), 16, "slots larger than a chunk");
+  for (const KvGeometry& geometry : {geometry_, large}) {
+    for (const std::uint64_t chunk : {std::uint64_t{1}, kChunk, 3 * kChunk, std::uint64_t{1} << 40}) {
+      for (const std::uint32_t threads : {1u, 8u}) {
+        for (const bool lazy : {false, true}) {
+          StagingOptions options = chunked(std::uint64_t{14} << 20);
+          options.chunk_bytes = chunk;
+          options.prepare_threads = threads;
+          options.lazy = lazy;
+          StagingPool pool(geometry, options);
+          const StagingStats opened = pool.stats();
+          EXPECT_EQ(opened.slots, options.bytes / geometry.file_bytes());
+          EXPECT_GE(opened.ready_chunks, 1u);
+          if (!lazy) EXPECT_EQ(opened.ready_chunks, opened.chunks);
+          Got got;
+          pool.acquire(opened.slots, SlotUse::kTransit, into(got));
+          ASSERT_TRUE(eventually([&] { return pool.stats().waiting == 0; }));
+          ASSERT_TRUE(all_ready(pool));
+          ASSERT_TRUE(eventually([&] { return got.calls == 1; }));
+          std::set<std::byte*> starts;
+          for (const Slot& slot : got.slots) {
+            std::memset(slot.get(), 1, geometry.file_bytes());
+            starts.insert(slot.get());
+          }
+          EXPECT_EQ(starts.size(), opened.slots);
+          EXPECT_GE(pool.ready_bytes(), opened.slots * geometry.file_bytes());
+          got.slots.clear();
+          EXPECT_EQ(pool.stats().free_slots, opened.slots);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(PreparedPoolTest, LazyOpeningWaitsForTheFirstChunkAndWaitersForTheirs) {
+  StagingOptions options = chunked(std::uint64_t{256} << 20);
+  options.lazy = true;
+  options.prepare_threads = 1;
+  StagingPool pool(geometry_, options);
+  EXPECT_GE(pool.stats().ready_chunks, 1u);
+  EXPECT_NE(pool.try_acquire(SlotUse::kTransit), nullptr) << "the first chunk's slots are there";
+  std::atomic<int> calls{0};
+  std::vector<Slot> all;
+  pool.acquire(pool.stats().slots, SlotUse::kTransit, [&](std::vector<Slot> slots) {
+    all = std::move(slots);
+    ++calls;
+  });
+  while (pool.stats().ready_chunks < pool.stats().chunks) expect_consistent(pool, options);
+  ASSERT_TRUE(eventually([&] { return calls == 1; }));
+  EXPECT_EQ(all.size(), pool.stats().slots);
+  expect_consistent(pool, options);
+  const double prepared = pool.stats().prepare_s;
+  EXPECT_GT(prepared, 0);
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  EXPECT_EQ(pool.stats().prepare_s, prepared) << "until the last chunk was ready, not until now";
+}
+
+TEST_F(PreparedPoolTest, TheFirstSlotsAreUsedFirst) {
+  for (const bool lazy : {false, true}) {
+    StagingOptions options = chunked(std::uint64_t{12} << 20);
+    options.lazy = lazy;
+    StagingPool pool(geometry_, options);
+    ASSERT_TRUE(all_ready(pool));
+    std::vector<Slot> slots;
+    for (std::uint32_t i = 0; i < pool.stats().slots; ++i) {
+      slots.push_back(pool.try_acquire(SlotUse::kTransit));
+      ASSERT_NE(slots.back(), nullptr);
+      EXPECT_EQ(slots.back().get(), pool.memory().data() + i * pool.slot_bytes());
+    }
+  }
+}
+
+TEST_F(PreparedPoolTest, GoesAwayWhileItIsPrepared) {
+  const std::size_t before = threads();
+  for (int round = 0; round < 30; ++round) {
+    StagingOptions options = chunked(std::uint64_t{64} << 20);
+    options.lazy = true;
+    options.prepare_threads = 1 + static_cast<std::uint32_t>(round) % 8;
+    Slot kept;
+    {
+      StagingPool pool(geometry_, options);
+      if (round % 3 == 0) kept = pool.try_acquire(SlotUse::kTransit);
+    }
+    if (kept) std::memset(kept.get(), 1, geometry_.file_bytes());
+  }
+  EXPECT_TRUE(eventually([&] { return threads() == before; })) << threads() << " threads, " << before << " before";
+}
+
+// The waiter is served by the thread that prepared its slots, and drops the last handle of the pool there.
+TEST_F(PreparedPoolTest, TheLastHandleMayBeDroppedByAWaiterThatIsServed) {
+  const std::size_t before = threads();
+  for (int round = 0; round < 30; ++round) {
+    StagingOptions options = chunked(std::uint64_t{32} << 20);
+    options.lazy = true;
+    options.prepare_threads = 1 + static_cast<std::uint32_t>(round) % 2;
+    auto pool = std::make_unique<StagingPool>(geometry_, options);
+    std::atomic<bool> dropped{false}, called{false};
+    pool->acquire(pool->stats().slots / 2, SlotUse::kTransit, [&](std::vector<Slot> slots) {
+      // So late that the handle outside is gone: now the thread holds the pool alone.
+      eventually([&] { return dropped.load(); });
+      slots.clear();
+      called = true;
+    });
+    pool.reset();
+    dropped = true;
+    ASSERT_TRUE(eventually([&] { return called.load(); }));
+  }
+  EXPECT_TRUE(eventually([&] { return threads() == before; })) << threads() << " threads, " << before << " before";
+}
+
+TEST_F(PreparedPoolTest, LocksNoMoreThanTheLimit) {
+  for (const std::uint64_t limit : {kChunk, 2 * kChunk, kChunk + 5, std::uint64_t{1} << 40}) {
+    for (const std::uint32_t threads : {1u, 8u}) {
+      StagingOptions options = chunked(3 * kChunk);
+      options.lock_limit_bytes = limit;
+      options.prepare_threads = threads;
+      StagingPool pool(geometry_, options);
+      expect_consistent(pool, options);
+      const StagingStats stats = pool.stats();
+      if (!stats.locked) GTEST_SKIP() << "mlock is refused";
+      EXPECT_EQ(stats.locked_bytes, std::min(limit / kChunk, std::uint64_t{3}) * kChunk);
+    }
+  }
+}
+
+// "At most so much, the first part of the pool": also where that is less than a chunk.
+TEST_F(PreparedPoolTest, ALimitBelowTheChunkStillLocksTheFirstPart) {
+  StagingOptions options = chunked(4 * kChunk);
+  options.chunk_bytes = StagingOptions{}.chunk_bytes;
+  options.lock_limit_bytes = kChunk;
+  StagingPool pool(geometry_, options);
+  if (!pool.stats().locked) GTEST_SKIP() << "mlock is refused";
+  EXPECT_EQ(pool.stats().locked_bytes, kChunk);
+}
+
+TEST_F(PreparedPoolTest, NothingIsLockedWhereItIsNotWanted) {
+  StagingOptions options = chunked(4 * kChunk);
+  options.lock_memory = false;
+  options.lazy = true;
+  StagingPool pool(geometry_, options);
+  const StagingStats stats = pool.stats();
+  EXPECT_FALSE(stats.locked);
+  EXPECT_EQ(stats.locked_bytes, 0u);
+  EXPECT_EQ(stats.ready_chunks, stats.chunks);
+  EXPECT_EQ(stats.free_slots, stats.slots);
+  EXPECT_GE(stats.prepare_s, 0);
+  EXPECT_LT(stats.prepare_s, 1);
+}
+
+TEST_F(PreparedPoolTest, BadValuesAreNamed) {
+  const auto refused = [&](auto change, const std::string& name) {
+    StagingOptions options = chunked(4 * kChunk);
+    change(options);
+    try {
+      StagingPool pool(geometry_, options);
+      ADD_FAILURE() << name << " was accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Code::kInvalidArgument);
+      EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
+    }
+  };
+  refused([](StagingOptions& o) { o.chunk_bytes = 0; }, "chunk");
+  refused([](StagingOptions& o) { o.prepare_threads = 0; }, "prepare_threads");
+  refused([](StagingOptions& o) { o.prepare_threads = 65; }, "prepare_threads");
+  refused([](StagingOptions& o) { o.numa_node = -2; }, "numa_node");
+}
+
+TEST_F(PreparedPoolTest, ANodeThatIsNotThereIsAFallback) {
+  StagingOptions options = chunked(4 * kChunk);
+  for (const int node : {900, 5000, 1 << 30}) {
+    options.numa_node = node;
+    EXPECT_FALSE(StagingPool(geometry_, options).stats().numa_bound) << node;
+  }
+  options.numa_node = -1;
+  EXPECT_FALSE(StagingPool(geometry_, options).stats().numa_bound);
+}
+
+TEST_F(PreparedPoolTest, SharedMemoryHasAnFdOfThatSizeThatCantShrink) {
+  EXPECT_EQ(make(4).shared_fd(), -1);
+  int fd = -1;
+  {
+    StagingOptions options = chunked(4 * kChunk);
+    options.shared = true;
+    StagingPool pool(geometry_, options);
+    fd = pool.shared_fd();
+    ASSERT_GE(fd, 0);
+    struct stat info {};
+    ASSERT_EQ(fstat(fd, &info), 0);
+    EXPECT_GE(static_cast<std::uint64_t>(info.st_size), pool.memory().size());
+    EXPECT_NE(ftruncate(fd, 0), 0) << "a peer that reads it must not be killed";
+    pool.memory()[5] = std::byte{77};
+    std::uint8_t seen = 0;
+    ASSERT_EQ(pread(fd, &seen, 1, 5), 1);
+    EXPECT_EQ(seen, 77);
+  }
+  EXPECT_EQ(fcntl(fd, F_GETFD), -1) << "closed with the pool";
 }
 
 }  // namespace

@@ -53,7 +53,8 @@ def run_quick(*arguments: str) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any], name: str, rows: int) -> None:
-    assert set(result) == {"bench", "command", "labels", "rows", "fallbacks"}
+    assert set(result) == {"bench", "command", "labels", "rows", "fallbacks", "failures"}
+    assert result["failures"] == []
     assert result["bench"] == name
     assert result["labels"].keys() >= {"memory", "transport", "snic", "topology", "cpu", "cores", "kernel", "date"}
     assert not [label for label in result["labels"] if label.startswith("no ")]
@@ -135,23 +136,29 @@ def test_a_block_that_changed_on_disk_is_not_measured(tmp_path: Path) -> None:
 # --- transfer
 
 
-@pytest.mark.parametrize("transport", ["tcp", "shm", "loopback"])
-def test_transfer(transport: str) -> None:
+@pytest.mark.parametrize(
+    ("transport", "field", "kinds"),
+    [("tcp", "connections", [1, 2]), ("shm", "memory", ["shared", "private"]), ("loopback", "memory", [None])],
+)
+def test_transfer(transport: str, field: str, kinds: list[int | str | None]) -> None:
     result = run_quick("transfer", "--transport", transport)
     rows = result["rows"]
-    check(result, "transfer", 2 if transport == "tcp" else 1)
+    check(result, "transfer", 2 * len(kinds))
     assert {(row["transport"], row["block_bytes"], row["count"]) for row in rows} == {(transport, 64 * KIB, 128)}
-    assert [row.get("connections") for row in rows] == ([1, 2] if transport == "tcp" else [None])
+    assert [(row.get(field), row["checksums"]) for row in rows] == [
+        (kind, checksums) for kind in kinds for checksums in ("known", "made")
+    ]
 
 
 def test_count_overrides_total_and_quick_only_what_was_left_out() -> None:
-    (row,) = run_quick("transfer", "--transport", "shm", "--block-bytes", "4KiB", "--count", "300")["rows"]
+    cases = ("--transport", "shm", "--memory", "shared", "--checksums", "made")
+    (row,) = run_quick("transfer", *cases, "--block-bytes", "4KiB", "--count", "300")["rows"]
     assert (row["block_bytes"], row["count"]) == (4 * KIB, 300)
 
 
 def test_a_receiver_that_dies_is_an_error_and_nothing_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    case = transfer.TransferCase("tcp", 64 * KIB, 64, 1)
+    case = transfer.TransferCase("tcp", 64 * KIB, 64, "made", 1)
     with transfer.sender(case) as sender:
         sender.ours()
         assert isinstance(sender._target, JsonProcess)
@@ -163,7 +170,7 @@ def test_a_receiver_that_dies_is_an_error_and_nothing_hangs(tmp_path: Path, monk
 
 
 def test_bytes_that_arrive_wrong_are_noticed() -> None:
-    case = transfer.TransferCase("loopback", 4 * KIB, 8)
+    case = transfer.TransferCase("loopback", 4 * KIB, 8, "made")
     with transfer.sender(case) as sender:
         sender._cache[3, 17] ^= 1
         with pytest.raises(dualkv.Error, match="1 of 8 blocks arrived wrong"):
@@ -199,7 +206,7 @@ def test_a_peer_that_fails_leaves_nulls(tmp_path: Path) -> None:
         check_row(row)
     row = rows["Mooncake tcp"]
     assert (row["peer_gbps"], row["peer_ratio"], row["peer_cpu_s_per_gb"], row["peer_post_us"]) == (None,) * 4
-    assert "initialize returned 7" in result["labels"]["no Mooncake tcp, tcp 64 KiB, 2 conn"]
+    assert "initialize returned 7" in result["labels"]["no Mooncake tcp, tcp 64 KiB, 2 conn, checksums known"]
     assert [path.name for path in tmp_path.iterdir()] == ["packages"]
 
 

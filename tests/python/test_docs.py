@@ -93,6 +93,8 @@ CPP_NAMES = {
     "write_window": "write_window_bytes",
     "read_limit": "read_limit_bytes_per_s",
     "quota": "quota_bytes",
+    "chunk": "chunk_bytes",
+    "lock_limit": "lock_limit_bytes",
 }
 OPTION_SETS = {
     "Node": (dualkv.node._NODE_OPTIONS, node_defaults()),
@@ -159,7 +161,7 @@ def test_the_core_accepts_every_default_of_the_page(tmp_path: Path) -> None:
 
 
 def test_fallbacks_are_those_of_the_code() -> None:
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cpp").rglob("*.cpp"))
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cpp").rglob("*.[ch]*"))
     counted = set(re.findall(r'(?:fallbacks_\.count|on_fallback)\("(\w+)"', code))
     assert {row["name"].strip("`") for row in table(SETTINGS, "Fallbacks")} == counted
 
@@ -393,7 +395,7 @@ CODES = {int(row["code"]): row["name"] for row in table(FORMATS, "Codes")}
 
 
 def header(kind: int, body: bytes = b"", size: int | None = None) -> bytes:
-    checked = struct.pack("<4sHHIIQ", b"DLKP", 1, kind, len(body) if size is None else size, 0, dualkv.checksum(body))
+    checked = struct.pack("<4sHHIIQ", b"DLKP", 2, kind, len(body) if size is None else size, 0, dualkv.checksum(body))
     return checked + struct.pack("<Q", dualkv.checksum(checked))
 
 

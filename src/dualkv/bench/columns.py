@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dualkv.bench.results import CaseValue, Row, Spread
 
@@ -56,7 +57,16 @@ def _share(row: Row) -> str:
     return UNKNOWN if row.checksum_share is None else f"{row.checksum_share:.0%}"
 
 
-_SHORT = {"block_bytes": "block", "connections": "conn", "transport": "trans-\nport", "checksums": "sums"}
+_SHORT = {
+    "block_bytes": "block",
+    "connections": "conn",
+    "transport": "trans-\nport",
+    "checksums": "sums",
+    "layers_per_read": "layers\na read",
+    "staging_bytes": "staging",
+    "lock_memory": "lock",
+    "huge_pages": "huge\npages",
+}
 _SPEED = (
     Column("\nGB/s", lambda row: number(row.gbps)),
     Column("\nmin..max", _range),
@@ -82,10 +92,43 @@ _PEER = (
     Column("peer post\navg/p99 µs", lambda row: times(row.peer_post_us)),
 )
 _ALWAYS = ("block_bytes", "count", "depth", "connections")  # columns even if all rows have the same
-NOTE = (
+_NOTE = (
     "ours/limit: median over repeats of ours against the limit of the same repeat; checksums: their estimated share "
     "of ours' time; post: the call that hands over all blocks; transfer: from post to done; a block: post time a block."
 )
+
+
+def own(heading: str, name: str, show: Callable[[Any], str]) -> Column:
+    """The column of one of the row's own measures; ``show`` is given its value."""
+
+    def cell(row: Row) -> str:
+        value = row.measures.get(name)
+        return UNKNOWN if value is None else show(value)
+
+    return Column(heading, cell)
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to show a group of rows. A benchmark with measures of its own has views of its own (views.py).
+
+    Attributes:
+        wanted: rows it is for.
+        each_peer: shows the rows of one case that differ in the peer only.
+        names_limits: says above the table what the limits are.
+        note: below all tables, how to read it.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    wanted: Callable[[Row], bool] = lambda _: True
+    each_peer: bool = False
+    names_limits: bool = False
+    note: str = ""
+
+
+SPEED = View("against the limit", _SPEED, names_limits=True, note=_NOTE)
+PEERS = View("beside released peers", _PEER, wanted=lambda row: row.peer is not None, each_peer=True)
 
 
 @dataclass(frozen=True)
@@ -110,23 +153,23 @@ def once_each_case(rows: Sequence[Row]) -> list[Row]:
     return list({tuple(row.case.items()): row for row in reversed(rows)}.values())[::-1]
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """Ours against the limit, and against peers if there are any, for each group."""
+def tables(rows: Sequence[Row], views: Sequence[View] = (SPEED, PEERS)) -> list[Table]:
+    """Each group in each view that is for it."""
     out = []
     for group in groups(rows):
-        out.append(_table(once_each_case(group), _SPEED, "against the limit"))
-        beside = [row for row in group if row.peer is not None]
-        if beside:
-            out.append(_table(beside, _PEER, "beside released peers"))
+        for view in views:
+            wanted = [row for row in group if view.wanted(row)]
+            if wanted:
+                out.append(_table(wanted if view.each_peer else once_each_case(wanted), view))
     return out
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column], title: str) -> Table:
+def _table(rows: Sequence[Row], view: View) -> Table:
     shared, varying = shared_fields(rows)
-    known = tuple(column for column in columns if any(column.cell(row) != UNKNOWN for row in rows))
-    said = "   ".join([title, *(f"{name}: {text}" for name, text in shared.items())])
+    known = tuple(column for column in view.columns if any(column.cell(row) != UNKNOWN for row in rows))
+    said = "   ".join([view.title, *(f"{name}: {text}" for name, text in shared.items())])
     limits = dict.fromkeys(text for row in rows for text in (row.limit, row.second_limit) if text)
-    said += "".join(f"\nlimit: {text}" for text in limits) if columns is _SPEED else ""
+    said += "".join(f"\nlimit: {text}" for text in limits) if view.names_limits else ""
     return Table(said, tuple(_case_column(name) for name in varying) + known, tuple(rows))
 
 

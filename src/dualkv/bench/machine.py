@@ -63,13 +63,12 @@ def file_system(path: str) -> str:
     return best[1]
 
 
-def require_memory(needed: int) -> None:
+def require_memory(needed: int, cure: str = "give a smaller --total or --count") -> None:
     """Raises Error, ``no_space``, rather than let the machine run out of memory halfway."""
     available = memory_bytes("MemAvailable")
     if available and needed > available * 0.9:
         raise Error(
-            f"bench: {format_size(needed)} of memory needed, {format_size(available)} are available; "
-            "give a smaller --total or --count",
+            f"bench: {format_size(needed)} of memory needed, {format_size(available)} are available; {cure}",
             "no_space",
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dualkv.bench import limits
-from dualkv.bench.results import CaseValue, Row, Spread
+from dualkv.bench.results import CaseValue, Measures, Row, Spread
 from dualkv.errors import Error
 
 OURS = "ours"
@@ -34,6 +34,7 @@ class Run:
     cpu_s: float | None = None
     prepare_s: float | None = None
     post_s: float | None = None
+    measures: Measures = field(default_factory=dict)
 
     @property
     def gbps(self) -> float | None:
@@ -140,6 +141,17 @@ def median(values: Iterable[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
+def median_measures(runs: Sequence[Run]) -> dict[str, CaseValue]:
+    """Medians of numbers; of what is no number, the last run's."""
+    names = dict.fromkeys(name for run in runs for name in run.measures)
+    return {name: _median_value([run.measures.get(name) for run in runs]) for name in names}
+
+
+def _median_value(values: Sequence[CaseValue]) -> CaseValue:
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return median(numbers) if numbers else values[-1]
+
+
 def ratio(ours: Sequence[float], other: Sequence[float]) -> float | None:
     """Median of ours against the other of the same repeat; None if either moved nothing."""
     return median(a / b for a, b in zip(ours, other, strict=True)) if ours and other else None
@@ -196,6 +208,7 @@ def _ours(measured: Measured, blocks: int, checksum_speed: float | None) -> dict
         "repeats": len(runs),
         "samples": samples,
         "cpu_samples": [run.cpu_s_per_gb for run in runs if run.cpu_s_per_gb is not None],
+        "measures": median_measures(runs),
     }
 
 

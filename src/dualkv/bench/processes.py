@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -104,3 +105,14 @@ class JsonProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def answer_calls(target: Any) -> None:
+    """The child's side: each call is a method of ``target``. Returns when standard input ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": getattr(target, request.pop("op"))(**request)}
+        except (Error, MemoryError) as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)

@@ -1,7 +1,5 @@
 """The receiving side of the transfer benchmark: a node that grants, in this process or in one of its own."""
 
-import json
-import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +7,7 @@ import numpy as np
 import dualkv
 from dualkv.bench.blocks import Pattern, aligned_blocks, scattered
 from dualkv.bench.measure import cpu_seconds
+from dualkv.bench.processes import answer_calls
 
 SOURCE_SEED, TARGET_SEED = 1, 2
 DEADLINE_S = 60.0
@@ -87,13 +86,7 @@ def main() -> None:
     """Answers the calls on standard input until it ends."""
     receiver = Receiver()
     try:
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                answer = {"result": getattr(receiver, request.pop("op"))(**request)}
-            except (dualkv.Error, MemoryError) as error:
-                answer = {"error": str(error)}
-            print(json.dumps(answer), flush=True)
+        answer_calls(receiver)
     finally:
         receiver.close()
 

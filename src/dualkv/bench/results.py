@@ -13,6 +13,8 @@ import numpy as np
 from dualkv.errors import Error
 
 CaseValue = str | int | float | bool | None
+Measures = Mapping[str, CaseValue]
+"""What only one benchmark measures, by name; names end in their unit."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Row:
     peer_prepare_us: Spread | None = None
     peer_post_us: Spread | None = None
     peer_samples: list[float] = field(default_factory=list)
+    measures: dict[str, CaseValue] = field(default_factory=dict)  # of this benchmark only: medians over the repeats
+    curves: dict[str, list[float]] = field(default_factory=dict)  # of this benchmark only: over layers, over time
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -78,7 +82,8 @@ class Row:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Row":
         """The inverse of :meth:`to_json`; KeyError or TypeError for anything else."""
-        measured = {name: row[name] for name in MEASURED}
+        measured = {name: row[name] for name in MEASURED if name not in _OWN}
+        measured |= {name: dict(row.get(name, {})) for name in _OWN}  # older files have none
         for name in _SPREADS:
             measured[name] = None if row[name] is None else Spread(**row[name])
         for name in _SAMPLES:
@@ -91,6 +96,7 @@ class Row:
 MEASURED = tuple(one.name for one in dataclasses.fields(Row) if one.name != "case")
 _SPREADS = tuple(name for name in MEASURED if name.endswith("_us"))
 _SAMPLES = tuple(name for name in MEASURED if name.endswith("samples"))
+_OWN = ("measures", "curves")
 _NUMBERS = tuple(one.name for one in dataclasses.fields(Row) if one.type == float | None)
 
 
@@ -103,9 +109,10 @@ class BenchResult:
     rows: list[Row]
     fallbacks: dict[str, int] = field(default_factory=dict)
     command: str = ""
+    failures: list[str] = field(default_factory=list)  # what must not happen, and did: the command's exit code is 1
 
     def to_json(self) -> dict[str, Any]:
-        """``{bench, command, labels, rows, fallbacks}``."""
+        """``{bench, command, labels, rows, fallbacks, failures}``."""
         rows = [row.to_json() for row in self.rows]
         return {
             "bench": self.bench,
@@ -113,6 +120,7 @@ class BenchResult:
             "labels": self.labels,
             "rows": rows,
             "fallbacks": self.fallbacks,
+            "failures": self.failures,
         }
 
     def add_fallbacks(self, found: Mapping[str, int]) -> None:
@@ -145,7 +153,12 @@ def load(path: str | os.PathLike[str]) -> BenchResult:
     try:
         rows = [Row.from_json(row) for row in told["rows"]]
         return BenchResult(
-            str(told["bench"]), dict(told["labels"]), rows, dict(told["fallbacks"]), str(told["command"])
+            bench=str(told["bench"]),
+            labels=dict(told["labels"]),
+            rows=rows,
+            fallbacks=dict(told["fallbacks"]),
+            command=str(told["command"]),
+            failures=list(told.get("failures", [])),  # older files have none
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Error(

@@ -196,9 +196,7 @@ class Sender:
         block_ids = np.array(self._block_ids, np.uint32)
         cpu = cpu_seconds()
         posting = time.perf_counter()
-        operation = self._peer.send_layers(
-            grant, self._kv, block_ids, checksums=self._checksums, deadline_s=DEADLINE_S
-        )
+        operation = self._peer.send_layers(grant, self._kv, block_ids, checksums=self._checksums, deadline_s=DEADLINE_S)
         posted = time.perf_counter()
         operation.wait(DEADLINE_S)
         done = time.perf_counter()

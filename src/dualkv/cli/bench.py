@@ -73,13 +73,19 @@ class Output:
             click.echo(json.dumps(result.to_json(), indent=2))
         else:
             print_result(result)
+        for failure in result.failures:
+            click.echo(f"failed: {failure}", err=True)
+        if result.failures:
+            raise SystemExit(1)
 
 
-def measured(*, repeats: int, quick: dict[str, Any]) -> Callable[[Callable[..., "Measurement"]], Callable[..., None]]:
+def measured(
+    *, repeats: int | None, quick: dict[str, Any]
+) -> Callable[[Callable[..., "Measurement"]], Callable[..., None]]:
     """The options that all benchmarks have. The command below it returns what measures, given a stage.
 
     Args:
-        repeats: default.
+        repeats: default; None for what runs once.
         quick: values that ``--quick`` gives to options that were left out.
     """
 
@@ -101,11 +107,14 @@ def _left_out(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.DEFAULT
 
 
-def _common_options(repeats: int) -> list[Callable[[Any], Any]]:
+def _common_options(repeats: int | None) -> list[Callable[[Any], Any]]:
     path = click.Path(dir_okay=False)
-    return [
+    repeated = [
         click.option("--repeats", type=click.IntRange(1, 1000), default=repeats, show_default=True),
         click.option("--warmup", type=click.IntRange(0, 100), default=1, show_default=True, help="Repeats to drop."),
+    ]
+    return [
+        *(repeated if repeats is not None else []),
         click.option("--quick", "quickly", is_flag=True, help="Little data, few repeats: to see that it works."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of tables."),
         click.option("--html", type=path, help="Write a report with plots."),
@@ -216,6 +225,115 @@ def peers(**options: Any) -> "Measurement":
     return functools.partial(run_peers, PeersOptions(**options))
 
 
+def _size_option(name: str, default: str, help: str) -> Callable[[Any], Any]:
+    return click.option(name, default=default, callback=values.size, show_default=True, metavar="SIZE", help=help)
+
+
+def _limit_size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    return 0 if value == "auto" else values.size(context, parameter, value)
+
+
+def _transport_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--transport",
+        type=click.Choice(["tcp", "shm"]),
+        default=default,
+        show_default=True,
+        help="To the second node.",
+    )
+
+
+@bench.command(epilog="Example: dualkv bench layers --path /mnt/kv --layers-per-read 0,4 --trace layers-trace.json")
+@measured(repeats=5, quick={"layers": 8, "layer_bytes": 16 << 10, "blocks": 8, "read_limit": 10**8, "repeats": 2})
+@_path
+@click.option("--layers", type=int, default=32, show_default=True)
+@_size_option("--layer-bytes", "64KiB", "Of a layer of a block.")
+@click.option("--blocks", type=int, default=64, show_default=True, help="Of the hit.")
+@click.option(
+    "--layers-per-read",
+    default="0,2,4,8",
+    callback=values.numbers,
+    show_default=True,
+    metavar="N[,...]",
+    help="Layers that storage reads at once; 0 is whole blocks.",
+)
+@click.option(
+    "--read-limit",
+    default="1GB/s",
+    callback=_limit_size,
+    show_default=True,
+    metavar="RATE",
+    help="Token bucket of each node, that stands in for a storage NIC; 0 or auto: none.",
+)
+@click.option("--decode", is_flag=True, help="A decode node in a process of its own reads half, and gets the prompt.")
+@_transport_option("tcp")
+@click.option("--trace", type=click.Path(dir_okay=False), help="Write a timeline of the last loads, for Perfetto.")
+def layers(**options: Any) -> "Measurement":
+    """Load layer by layer: how much of it compute hides, and what reading by groups of layers does."""
+    from dualkv.bench.layers import LayersOptions, run_layers
+
+    return functools.partial(run_layers, LayersOptions(**options))
+
+
+@bench.command(epilog="Example: dualkv bench register --size 4GiB --lazy")
+@measured(repeats=3, quick={"size": (16 << 20, 32 << 20), "repeats": 2})
+@_path
+@click.option("--size", default="256MiB,1GiB,4GiB", callback=values.sizes, show_default=True, metavar="SIZE[,...]")
+@click.option("--lazy", is_flag=True, help="Also pools that open before all of it is ready.")
+def register(**options: Any) -> "Measurement":
+    """Open staging, locked or not, in huge pages or not, against one thread that populates as much memory."""
+    from dualkv.bench.register import RegisterOptions, run_register
+
+    return functools.partial(run_register, RegisterOptions(**options))
+
+
+@bench.command("async", epilog="Example: dualkv bench async --loads 1000,10000,100000")
+@measured(repeats=3, quick={"loads": (10, 100), "idle_s": 0.5, "repeats": 2})
+@_path
+@click.option(
+    "--loads", default="1000,10000", callback=values.numbers, show_default=True, metavar="N[,...]", help="At a time."
+)
+@click.option("--layers", type=int, default=2, show_default=True)
+@_size_option("--layer-bytes", "4KiB", "Of a layer of a block.")
+@click.option("--blocks", type=int, default=2, show_default=True, help="Of each load.")
+@click.option("--idle-s", type=click.FloatRange(0.1, 600), default=5.0, show_default=True, help="Of idling, seconds.")
+def async_(**options: Any) -> "Measurement":
+    """Await many loads on one event loop; then do nothing, and see what that costs."""
+    from dualkv.bench.async_loads import AsyncOptions, run_async
+
+    return functools.partial(run_async, AsyncOptions(**options))
+
+
+@bench.command(epilog="Example: dualkv bench soak --path /mnt/kv --seconds 3600 --html soak.html")
+@measured(
+    repeats=None,
+    quick={
+        "seconds": 3.0,
+        "block_bytes": 64 << 10,
+        "quota": 32 << 20,
+        "staging": 4 << 20,
+        "write_limit": 16 * 10**6,
+        "grace_s": 1.0,
+        "pressure": 32 << 20,
+    },
+)
+@_path
+@click.option("--seconds", type=float, default=120.0, show_default=True, help="How long.")
+@_size_option("--block-bytes", "256KiB", "Of a block.")
+@_size_option("--quota", "1GiB", "Of the store; older blocks are evicted.")
+@_size_option("--staging", "16MiB", "Of each node.")
+@_size_option("--write-limit", "64MB/s", "How fast new blocks are saved.")
+@click.option("--grace-s", type=float, default=4.0, show_default=True, help="Blocks used this recently are kept.")
+@click.option("--readers", type=click.IntRange(1, 64), default=4, show_default=True, help="Threads that load.")
+@_size_option("--pressure", "256MiB", "Memory that another process holds and touches; 0: none.")
+@_transport_option("shm")
+def soak(**options: Any) -> "Measurement":
+    """Read, save and evict for long, two nodes together; exit 1 if anything is lost or wrong."""
+    from dualkv.bench.soak import SoakOptions, run_soak
+
+    return functools.partial(run_soak, SoakOptions(**options))
+
+
 @bench.command(epilog="Example: dualkv bench compare before.json after.json --fail-above 10")
 @click.argument("before", type=click.Path())
 @click.argument("after", type=click.Path())
@@ -264,10 +382,11 @@ def print_result(result: "BenchResult") -> None:
     """Tables, then what they were measured on."""
     from rich.table import Table
 
-    from dualkv.bench.columns import NOTE, tables
+    from dualkv.bench.columns import tables
+    from dualkv.bench.views import notes_of, views_of
 
     console = _console()
-    for table in tables(result.rows):
+    for table in tables(result.rows, views_of(result.bench)):
         console.print(table.title)
         shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         for column in table.columns:
@@ -276,7 +395,8 @@ def print_result(result: "BenchResult") -> None:
             shown.add_row(*(column.cell(row) for column in table.columns))
         console.print(shown)
         console.print()
-    console.print(NOTE)
+    for note in notes_of(result.bench):
+        console.print(note)
     for line in filled([f"{name}: {value}" for name, value in result.labels.items()]):
         console.print(line)
     if result.fallbacks:

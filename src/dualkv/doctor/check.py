@@ -103,7 +103,11 @@ def run_guarded(check: CheckFunction, context: Context, limit_s: float = LIMIT_S
 
     thread = threading.Thread(target=collect, name=f"doctor-{name}", daemon=True)
     thread.start()
-    thread.join(limit_s)
+    try:
+        thread.join(limit_s)
+    except BaseException:
+        thread.join(limit_s)  # it must neither write to what is about to be removed nor end with the interpreter
+        raise
     hangs = thread.is_alive()
     context.checks += list(found)
     if hangs:

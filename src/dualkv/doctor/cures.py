@@ -43,6 +43,14 @@ FALLBACKS = {
         "staging; or huge_pages=False",
         "huge pages",
     ),
+    "staging_not_bound": Fallback(
+        "staging could not be bound to numa_node", "a node the machine has and the process's cpuset allows", "NUMA"
+    ),
+    "shm_not_mapped": Fallback(
+        "memory that a peer on this host shares could not be mapped: it is read with process_vm_readv",
+        "the same user and pid namespace for both, and /proc mounted",
+        "shm",
+    ),
     "lane_not_marked": Fallback(
         "a socket refused its DSCP or priority: that connection's lane is not told apart",
         "CAP_NET_ADMIN for priorities above 6, or lower ones",

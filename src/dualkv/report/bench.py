@@ -5,8 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dualkv.bench.columns import NOTE, Table, case_text, groups, once_each_case, shared_fields, tables
+from dualkv.bench.columns import Table, case_text, groups, once_each_case, shared_fields, tables
 from dualkv.bench.results import BenchResult, Row
+from dualkv.bench.views import notes_of, views_of
+from dualkv.report.curves import BARS, LINES, lines
 from dualkv.report.page import figure, page, text, write
 from dualkv.report.plots import INK, new_figure, require_matplotlib, styled, to_svg
 
@@ -28,10 +30,11 @@ def write_bench_report(result: BenchResult, path: str | os.PathLike[str]) -> Non
         "<h2>What it ran on, and what was emulated</h2>",
         _labels(result.labels),
         f'<p class="soft">Fallbacks in force: {text(without)} (docs/settings.md).</p>' if without else "",
+        *(f'<p class="bad">Failed: {text(failure)}</p>' for failure in result.failures),
         "<h2>Results</h2>",
-        *(_table(table) for table in tables(result.rows)),
-        f'<p class="soft">{text(NOTE)}</p>',
-        *(_plots(rows, number) for number, rows in enumerate(groups(result.rows))),
+        *(_table(table) for table in tables(result.rows, views_of(result.bench))),
+        *(f'<p class="soft">{text(note)}</p>' for note in notes_of(result.bench)),
+        *(_plots(result.bench, rows, number) for number, rows in enumerate(groups(result.rows))),
         f'<footer><h3>Data</h3><pre id="data">{text(json.dumps(result.to_json(), indent=2))}</pre></footer>',
     ]
     write(page(title, parts), path)
@@ -51,17 +54,41 @@ def _table(table: Table) -> str:
     return f'<p>{title}</p><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _plots(rows: Sequence[Row], number: int) -> str:
-    """Speed, ratio and CPU of one group of cases."""
+def _plots(bench: str, rows: Sequence[Row], number: int) -> str:
+    """Of one group of cases: its own plots where the benchmark has some, else speed, ratio and CPU."""
     shared, varying = shared_fields(rows)
-    cases = once_each_case(rows)
-    names = ["\n".join(f"{_field(name)}{case_text(name, row.case[name])}" for name in varying) for row in cases]
     heading = "   ".join(f"{name}: {value}" for name, value in shared.items()) or "All cases"
+    own = bench in BARS or bench in LINES
+    plots = _own_plots(bench, rows, varying, number) if own else _speed_plots(rows, varying, number)
+    return f"<h2>{text(heading)}</h2>{plots}" if plots else ""
+
+
+def _names(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
+    """Of cases, by the fields that differ."""
+    return ["\n".join(f"{_field(name)}{case_text(name, row.case[name])}" for name in varying) for row in rows]
+
+
+def _own_plots(bench: str, rows: Sequence[Row], varying: Sequence[str], number: int) -> str:
+    """Those that have something to show."""
+    names = _names(rows, varying)
+    titles = {id(row): name.replace("\n", ", ") for row, name in zip(rows, names, strict=True)}
+    out = []
+    for i, lines_plot in enumerate(LINES.get(bench, ())):
+        svg = lines(f"lines-{number}-{i}", lines_plot, rows, lambda row: titles[id(row)])
+        out.append((lines_plot.heading, svg, lines_plot.caption))
+    for i, plot in enumerate(BARS.get(bench, ())):
+        svg = bars(f"own-{number}-{i}", plot.unit, names, plot.series(rows), mark=plot.mark)
+        out.append((plot.heading, svg, plot.caption))
+    return "".join(figure(heading, svg, caption, "") for heading, svg, caption in out if svg)
+
+
+def _speed_plots(rows: Sequence[Row], varying: Sequence[str], number: int) -> str:
+    cases = once_each_case(rows)
+    names = _names(cases, varying)
     spread = [(row.gbps_min, row.gbps_max) for row in cases]
     caption = "Medians over the repeats; the line on ours reaches from its slowest to its fastest repeat."
     return "".join(
         (
-            f"<h2>{text(heading)}</h2>",
             figure(
                 "Speed", bars(f"speed-{number}", "GB/s", names, speeds(rows), spread), caption, "Nothing was measured."
             ),
