@@ -527,7 +527,21 @@ def eventually(condition: Callable[[], bool]) -> None:
 def open_link(node: dualkv.Node, peer: PythonPeer) -> tuple[socket.socket, socket.socket]:
     connections = peer.open()
     eventually(lambda: any(link["connected"] for link in node.stats()["links"]))
+    if peer.scheme == "shm":
+        kind, body = receive_frame(connections[0])
+        assert kind == "regions"
+        check_region(node, body)
     return connections
+
+
+def check_region(node: dualkv.Node, body: bytes) -> None:
+    """One: the staging of a node that listens on shm. The node is in this process, so its fd can be looked at."""
+    rows = [row for row in table(FORMATS, "regions") if row["field"] != "zero"]
+    region = {name: number(value) for name, value in fields(body, rows).items()}
+    info = os.stat(f"/proc/self/fd/{region['fd']}")
+    assert region["id"] != 0
+    assert (region["inode"], len(body)) == (info.st_ino, 32)
+    assert 0 < node.stats()["staging"]["slots"] * node.geometry.file_bytes <= region["bytes"] <= info.st_size
 
 
 def write_frame(peer: PythonPeer, grant: int, blocks: list[bytes], wrong: int = 0) -> bytes:

@@ -19,6 +19,7 @@ def cli() -> None:
     \b
     Example:
       dualkv demo                      basic against dualpath, split and oracle, on this machine
+      dualkv bench storage --path /mnt/kv   a figure, and the limit beside it
       dualkv doctor /mnt/kv            what this machine can do, and what to change
       dualkv store verify /mnt/kv ...  check every stored block
     """
