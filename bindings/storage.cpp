@@ -61,6 +61,7 @@ py::dict to_dict(const StoreStats& s) {
   py::dict out;
   out["backend"] = s.backend;
   out["direct"] = s.direct;
+  out["depth"] = s.depth;
   out["registered"] = s.registered;
   out["registered_buffers"] = s.registered_buffers;
   out["registered_bytes"] = s.registered_bytes;

@@ -30,7 +30,7 @@ void check_options(const StoreOptions& options) {
           text("store: backend '", options.backend, "': must be auto, uring or pread"));
   require(options.direct == "auto" || options.direct == "on" || options.direct == "off",
           text("store: direct '", options.direct, "': must be auto, on or off"));
-  require(options.depth >= 1 && options.depth <= 4096, text("store: depth ", options.depth, ": must be 1 to 4096"));
+  require(options.depth <= 4096, text("store: depth ", options.depth, ": must be 0 (automatic) to 4096"));
   require(options.save_queue >= 1, "store: save_queue must be at least 1");
   require(options.in_use_grace_s >= 0 && options.forget_s >= 0, "store: in_use_grace_s and forget_s can't be negative");
   const ReadFaults& faults = options.faults;
@@ -44,6 +44,16 @@ void check_pool(const KvGeometry& geometry, const StagingPool& pool) {
   require(pool.slot_bytes() == geometry.file_bytes(),
           text("store: the staging pool's slots have ", pool.slot_bytes(), " bytes, blocks have ",
                geometry.file_bytes(), "; make both from one geometry"));
+}
+
+// Many small reads at once can be merged on their way to the device; many large ones only wait for each other.
+StoreOptions with_depth(const KvGeometry& geometry, StoreOptions options) {
+  constexpr std::uint64_t kBytesInFlight = std::uint64_t{8} << 20;
+  if (options.depth == 0) {
+    options.depth =
+        static_cast<std::uint32_t>(std::clamp<std::uint64_t>(kBytesInFlight / geometry.block_bytes(), 32, 128));
+  }
+  return options;
 }
 
 // Writes and reads back one page with O_DIRECT: what the file system really does, not what open() says.
@@ -78,7 +88,7 @@ std::uint64_t next_owner() {
 StoreState::StoreState(const KvGeometry& geometry, const StoreOptions& options, const StagingPool& pool,
                        std::shared_ptr<Progress> progress)
     : geometry_((check_options(options), check_pool(geometry, pool), geometry)),
-      options_(options),
+      options_(with_depth(geometry, options)),
       pool_(pool),
       progress_(std::move(progress)),
       fallbacks_(options.fail_on_fallback),
@@ -149,6 +159,7 @@ StoreStats StoreState::stats() const {
   StoreStats stats;
   stats.backend = backend_;
   stats.direct = access_.direct;
+  stats.depth = options_.depth;
   stats.registered = backend_ == "uring" && !registration_->refused;
   stats.registered_buffers = registration_->buffers;
   stats.registered_bytes = registration_->bytes;

@@ -33,7 +33,7 @@ struct StoreOptions {
   std::string root;                          // directory; created if its parent exists
   std::string backend = "auto";              // "uring", "pread" or "auto": uring where the kernel allows it
   std::string direct = "auto";               // O_DIRECT "on", "off" or "auto": where the file system allows it
-  std::uint32_t depth = 32;                  // blocks being read at once; deeper is not faster (docs/settings.md)
+  std::uint32_t depth = 0;                   // blocks being read at once; 0 = 8 MiB of them, 32 to 128
   std::uint64_t read_limit_bytes_per_s = 0;  // token bucket standing in for a storage NIC; 0 = none
   std::uint64_t quota_bytes = 0;             // of this namespace; 0 = none
   double in_use_grace_s = 60;                // blocks used this recently, by any node, are never evicted
@@ -47,6 +47,7 @@ struct StoreOptions {
 struct StoreStats {
   std::string backend;  // what is really in use
   bool direct = false;
+  std::uint32_t depth = 0;
   bool registered = false;  // staging is registered with the ring, as it becomes ready
   std::uint32_t registered_buffers = 0;
   std::uint64_t registered_bytes = 0;

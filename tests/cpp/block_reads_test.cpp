@@ -9,7 +9,7 @@ namespace dualkv::testing {
 namespace {
 
 // Layers far smaller and larger than a page, none of them aligned: neighbouring groups share pages.
-KvGeometry ragged_geometry() { return KvGeometry({777, 100, 5000, 4096, 33, 12001, 1}, 16, "test/ragged"); }
+KvGeometry ragged_geometry() { return KvGeometry({777, 100, 5000, 4096, 33, 12001, 2}, 16, "test/ragged"); }
 
 class GroupedReads : public NodeTestBase, public ::testing::TestWithParam<const char*> {
  protected:
@@ -97,8 +97,8 @@ TEST_P(GroupedReads, WithEveryWindow) {
   start();
   Split split;
   DecodeOnly decode;
-  for (std::uint32_t window = 1; window <= layers() + 1; ++window) {
-    for (const std::uint32_t layers_per_read : {0u, 1u, 2u, 3u, layers()}) {
+  for (const std::uint32_t window : {1u, 2u, 3u, 5u, layers(), layers() + 1}) {
+    for (const std::uint32_t layers_per_read : {0u, 1u, 2u, layers()}) {
       SCOPED_TRACE(std::to_string(window) + " layers of window, " + std::to_string(layers_per_read) + " a read");
       run_whole(window % 2 == 0 ? static_cast<PathPolicy&>(split) : decode, window, layers_per_read);
     }
@@ -174,6 +174,7 @@ TEST_P(GroupedReads, TheResultSaysWhenEachGroupWasRead) {
   for (std::uint32_t layers_per_read = 1; layers_per_read <= layers(); ++layers_per_read) {
     HostCache cache(geometry_, kBlocks);
     Load load = pe_->load(request(plan(policy), cache, layers_per_read));
+    const Incoming incoming = de_->incoming(load.id(), 10);
     for (std::uint32_t layer = 0; layer < layers(); ++layer) {
       ASSERT_TRUE(load.wait(layer, in(10)).ok());
       load.publish(layer);
@@ -301,7 +302,9 @@ TEST_P(GroupedReads, ALaterReadOfASharedPageDamagesNothing) {
   load.finish(in(10));
   if (!incoming.wait(in(10)).ok()) return;  // failed is fine, wrong is not
   incoming.copy_to(*decode_cache.paged(), iota_ids(kBlocks));
-  for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(decode_cache.holds(i, i + 1)) << "block " << i;
+  std::uint32_t right = 0;
+  for (std::uint32_t i = 0; i < kBlocks; ++i) right += decode_cache.holds(i, i + 1);
+  EXPECT_EQ(right, kBlocks) << "blocks were handed over wrong";
 }
 
 TEST_P(GroupedReads, MoreLayersThanThereAreIsRefused) {

@@ -74,7 +74,8 @@ class NodeTestBase {
     }
     const Status finished = load.finish(in(10));
     ASSERT_TRUE(finished.ok()) << finished.message;
-    ASSERT_TRUE(incoming.wait(in(10)).ok());
+    const Status handed_over = incoming.wait(in(10));
+    ASSERT_TRUE(handed_over.ok()) << handed_over.message;
     incoming.copy_to(*decode_cache.paged(), decode_ids);
     for (std::uint32_t i = 0; i < prompt; ++i) EXPECT_TRUE(decode_cache.holds(decode_ids[i], i + 1)) << i;
     std::uint64_t bytes = 0;

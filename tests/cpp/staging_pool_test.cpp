@@ -404,26 +404,41 @@ TEST_F(PreparedPoolTest, GoesAwayWhileItIsPrepared) {
   EXPECT_TRUE(eventually([&] { return threads() == before; })) << threads() << " threads, " << before << " before";
 }
 
-// The waiter is served by the thread that prepared its slots, and drops the last handle of the pool there.
-TEST_F(PreparedPoolTest, TheLastHandleMayBeDroppedByAWaiterThatIsServed) {
+// The waiter is served by the thread that prepares chunks, and the handle outside goes meanwhile: the thread holds the
+// pool alone, and ends it.
+TEST_F(PreparedPoolTest, TheLastHandleMayGoWhileAWaiterIsServed) {
   const std::size_t before = threads();
-  for (int round = 0; round < 30; ++round) {
-    StagingOptions options = chunked(std::uint64_t{32} << 20);
+  for (std::uint32_t round = 0; round < 30; ++round) {
+    StagingOptions options = chunked(std::uint64_t{64} << 20);
     options.lazy = true;
-    options.prepare_threads = 1 + static_cast<std::uint32_t>(round) % 2;
+    options.prepare_threads = 1 + round % 2;
     auto pool = std::make_unique<StagingPool>(geometry_, options);
-    std::atomic<bool> dropped{false}, called{false};
+    std::atomic<bool> called{false}, dropped{false}, ended{false};
     pool->acquire(pool->stats().slots / 2, SlotUse::kTransit, [&](std::vector<Slot> slots) {
-      // So late that the handle outside is gone: now the thread holds the pool alone.
+      called = true;
       eventually([&] { return dropped.load(); });
       slots.clear();
-      called = true;
+      ended = true;
     });
+    ASSERT_TRUE(eventually([&] { return called.load(); }));
     pool.reset();
     dropped = true;
-    ASSERT_TRUE(eventually([&] { return called.load(); }));
+    ASSERT_TRUE(eventually([&] { return ended.load(); }));
   }
   EXPECT_TRUE(eventually([&] { return threads() == before; })) << threads() << " threads, " << before << " before";
+}
+
+// acquire() promises one call: also where the pool goes before its memory was there.
+TEST_F(PreparedPoolTest, AWaiterIsToldThoughThePoolGoesBeforeItsSlotsCame) {
+  StagingOptions options = chunked(std::uint64_t{256} << 20);
+  options.lazy = true;
+  options.prepare_threads = 1;
+  std::atomic<int> calls{0};
+  {
+    StagingPool pool(geometry_, options);
+    pool.acquire(pool.stats().slots, SlotUse::kTransit, [&](std::vector<Slot>) { ++calls; });
+  }
+  EXPECT_TRUE(eventually([&] { return calls == 1; }, 2)) << "neither served nor ended";
 }
 
 TEST_F(PreparedPoolTest, LocksNoMoreThanTheLimit) {

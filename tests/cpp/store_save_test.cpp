@@ -210,7 +210,7 @@ TEST_F(StoreTest, BadOptionsAreRefusedBeforeAnythingIsCreated) {
   };
   EXPECT_EQ(refused([](auto& o) { o.backend = "tape"; }), Code::kInvalidArgument);
   EXPECT_EQ(refused([](auto& o) { o.direct = "maybe"; }), Code::kInvalidArgument);
-  EXPECT_EQ(refused([](auto& o) { o.depth = 0; }), Code::kInvalidArgument);
+  EXPECT_EQ(refused([](auto& o) { o.depth = 4097; }), Code::kInvalidArgument);
   EXPECT_EQ(refused([](auto& o) { o.save_queue = 0; }), Code::kInvalidArgument);
   EXPECT_FALSE(std::filesystem::exists(plain().root));
 }

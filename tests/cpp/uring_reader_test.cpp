@@ -216,7 +216,7 @@ TEST_P(LazyPool, ReadsAreRightWhileMemoryIsPreparedAndInTheEndAllOfItIsRegistere
     save_all(writer);
   }
   StagingOptions staging;
-  staging.bytes = std::uint64_t{600} << 20;
+  staging.bytes = std::uint64_t{300} << 20;
   staging.huge_pages = false;
   staging.chunk_bytes = std::uint64_t{4} << 20;
   staging.prepare_threads = 1;
@@ -270,7 +270,7 @@ TEST_P(LazyPool, ReadsAreRightWhileMemoryIsPreparedAndInTheEndAllOfItIsRegistere
 }
 
 TEST_P(LazyPool, AStoreMayEndBeforeItsPoolIsReady) {
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 4; ++round) {
     StagingOptions staging;
     staging.bytes = std::uint64_t{64} << 20;
     staging.chunk_bytes = 1;

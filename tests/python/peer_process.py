@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import numpy as np
-from support import HostCache, make_geometry, make_keys, plan
+from support import HostCache, layer_block, make_geometry, make_keys, plan
 
 import dualkv
 
@@ -23,6 +23,7 @@ class PeerProcess:
         self.load_handle: dualkv.Load | None = None
         self.incoming_handle: dualkv.Incoming | None = None
         self.cache: HostCache | None = None
+        self.sends: list[dualkv.Operation] = []
 
     def open(self, name: str, slots: int = 64, **options: Any) -> list[str]:
         self.node = dualkv.Node(name, self.geometry, staging=slots * self.geometry.file_bytes, **options)
@@ -54,6 +55,17 @@ class PeerProcess:
     def finish(self) -> None:
         assert self.load_handle is not None
         self.load_handle.finish(10)
+
+    def send_allocated(self, peer: str, grants: list[int], blocks: int) -> None:
+        """Begins to send blocks ``i`` called ``i + 1``, from memory that the peer maps, to one grant after another."""
+        assert self.node is not None
+        sizes = [self.geometry.layer_bytes(layer) for layer in range(self.geometry.layers)]
+        arrays = [self.node.allocate(blocks * size).reshape(blocks, size) for size in sizes]
+        for block in range(blocks):
+            for layer, array in enumerate(arrays):
+                array[block] = layer_block(block + 1, layer, sizes[layer])
+        cache = dualkv.PagedKv(self.geometry, arrays)
+        self.sends = [self.node.peer(peer).send_layers(grant, cache, np.arange(blocks)) for grant in grants]
 
     def incoming(self, load_id: int) -> None:
         assert self.node is not None

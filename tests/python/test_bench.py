@@ -474,7 +474,7 @@ def test_report_of_peers_and_of_nothing(tmp_path: Path) -> None:
     [
         (["storage", "--block-bytes", "1000"], "multiple of 4096"),
         (["storage", "--block-bytes", "many"], "many"),
-        (["storage", "--depth", "0"], "depth"),
+        (["storage", "--depth", "1025"], "depth"),
         (["storage", "--depth", "x"], "whole numbers"),
         (["storage", "--path", "/no/such/place"], "/no/such/place"),
         (["storage", "--total", "900TiB"], "are free"),

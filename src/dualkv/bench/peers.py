@@ -26,7 +26,7 @@ class PeersOptions:
     total: int = 256 << 20
     count: int | None = None
     connections: int = 2
-    depth: int = 32
+    depth: int = 0
     direct: bool = True
     repeats: int = 7
     warmup: int = 1

@@ -53,7 +53,7 @@ class StorageOptions:
     block_bytes: tuple[int, ...] = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
     total: int = 256 << 20
     count: int | None = None  # blocks, instead of total
-    depth: tuple[int, ...] = (32,)
+    depth: tuple[int, ...] = (0,)  # 0: the store's own choice
     direct: bool = True
     fio: bool = False
     nixl_python: str | None = None
@@ -67,8 +67,8 @@ class StorageOptions:
     def check(self) -> None:
         """Raises Error before anything is touched."""
         check_block_bytes(self.block_bytes, _ALIGNMENT)
-        if not all(1 <= depth <= 1024 for depth in self.depth):
-            raise invalid(f"--depth {self.depth}: 1 to 1024 are possible")
+        if not all(0 <= depth <= 1024 for depth in self.depth):
+            raise invalid(f"--depth {self.depth}: 0 (the store chooses) to 1024 are possible")
         largest = max(size * self.blocks(size) for size in self.block_bytes)
         machine.require_disk(self.path, 2 * largest + (64 << 20))
         machine.require_memory(largest * 2 + (256 << 20))  # staging, as much again for a peer
@@ -123,7 +123,6 @@ class Reader:
 
     def __init__(self, files: BlockFiles, depth: int, direct: bool) -> None:
         self.files = files
-        self._depth = depth
         slots = files.count + _SPARE_SLOTS
         self._store = dualkv.Store(
             f"file://{files.root}",
@@ -132,6 +131,7 @@ class Reader:
             depth=depth,
             direct="auto" if direct else "off",
         )
+        self._depth = int(self._store.stats()["depth"])
         self._order = scattered(files.count, 1)
         self._verified = False
 

@@ -146,7 +146,7 @@ _direct = click.option(
     "--direct/--no-direct", default=True, show_default=True, help="O_DIRECT, or through an emptied page cache."
 )
 _nixl_python = click.option("--nixl-python", metavar="PYTHON", help="Interpreter of an environment with NIXL.")
-_depth_help = "Blocks being read at once; the default is the store's."
+_depth_help = "Blocks being read at once; 0 = the store chooses."
 
 
 @bench.command(epilog="Example: dualkv bench storage --path /mnt/kv --block-bytes 256KiB,1MiB --html storage.html")
@@ -155,7 +155,7 @@ _depth_help = "Blocks being read at once; the default is the store's."
 @_sizes_option("64KiB,256KiB,1MiB,4MiB")
 @_total_option("256MiB")
 @_count
-@click.option("--depth", default="32", callback=values.numbers, show_default=True, metavar="N[,...]", help=_depth_help)
+@click.option("--depth", default="0", callback=values.numbers, show_default=True, metavar="N[,...]", help=_depth_help)
 @_direct
 @click.option("--fio", is_flag=True, help="fio as a second limit.")
 @_nixl_python
@@ -213,7 +213,7 @@ def transfer(**options: Any) -> "Measurement":
 @_total_option("256MiB")
 @_count
 @click.option("--connections", type=int, default=2, show_default=True, help="Of tcp; the default is the node's.")
-@click.option("--depth", type=int, default=32, show_default=True, help=_depth_help)
+@click.option("--depth", type=int, default=0, show_default=True, help=_depth_help)
 @_direct
 def peers(**options: Any) -> "Measurement":
     """Transfers and storage reads beside NIXL and Mooncake: same blocks, same order.
