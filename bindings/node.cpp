@@ -165,9 +165,14 @@ void register_node(py::module_& m) {
       .def("send_layers", [](const Peer& p, std::uint64_t grant, const Cache& source, const Ids& ids,
                              std::uint32_t first_block, std::uint32_t first_layer, std::uint32_t layer_count, bool high,
                              double deadline_s, const Checksums& checksums) {
-        SendRequest request{
-            grant,     source.kv, to_ids(ids), first_block, {first_layer, layer_count}, high ? Lane::kHigh : Lane::kLow,
-            deadline_s, {checksums.data(), checksums.data() + checksums.size()}};
+        SendRequest request{grant,
+                            source.kv,
+                            to_ids(ids),
+                            first_block,
+                            {first_layer, layer_count},
+                            high ? Lane::kHigh : Lane::kLow,
+                            deadline_s,
+                            {checksums.data(), checksums.data() + checksums.size()}};
         const py::gil_scoped_release release;
         return p.send_layers(std::move(request));
       });

@@ -104,36 +104,43 @@ class Cursor {
   std::size_t used_ = 0;
 };
 
-// XXH3-64 (its "long" form, for more than 240 bytes) in the same pass as the copy.
+// XXH3-64 (its "long" form, for more than a chunk) in the same pass as the copy. The source is loaded once: it may
+// belong to another process, and what is hashed must be what is stored.
 [[maybe_unused]] std::uint64_t copy_run(const std::byte* source, std::size_t bytes, const Extent* target) {
   Cursor cursor(target);
+  alignas(64) std::byte loaded[kStripe + kChunk];  // the last stripe of the chunk before, then this chunk
+  std::byte* const chunk = loaded + kStripe;
   if (bytes <= kChunk) {
-    cursor.put(source, bytes);
-    return XXH3_64bits(source, bytes);
+    std::memcpy(chunk, source, bytes);
+    cursor.put(chunk, bytes);
+    return XXH3_64bits(chunk, bytes);
   }
   alignas(64) xxh_u64 acc[8] = XXH3_INIT_ACC;
   const auto* secret = XXH3_kSecret;
   const std::size_t chunks = (bytes - 1) / kChunk;
-  for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
-    const std::byte* from = source + chunk * kChunk;
+  for (std::size_t n = 0; n < chunks; ++n) {
+    const std::byte* from = source + n * kChunk;
     std::byte* to = cursor.aligned(kChunk);
     for (std::size_t i = 0; i < kStripesPerChunk; ++i) {
-      const auto* stripe = reinterpret_cast<const xxh_u8*>(from + i * kStripe);
-      XXH_PREFETCH(stripe + kPrefetch);
-      XXH3_accumulate_512(acc, stripe, secret + i * XXH_SECRET_CONSUME_RATE);
-      if (to != nullptr) store_past_cache(to + i * kStripe, from + i * kStripe);
+      XXH_PREFETCH(from + i * kStripe + kPrefetch);
+      std::byte* stripe = chunk + i * kStripe;
+      std::memcpy(stripe, from + i * kStripe, kStripe);
+      XXH3_accumulate_512(acc, reinterpret_cast<const xxh_u8*>(stripe), secret + i * XXH_SECRET_CONSUME_RATE);
+      if (to != nullptr) store_past_cache(to + i * kStripe, stripe);
     }
-    if (to == nullptr) cursor.put(from, kChunk);
+    if (to == nullptr) cursor.put(chunk, kChunk);
     XXH3_scrambleAcc(acc, secret + sizeof(XXH3_kSecret) - kStripe);
   }
-  const std::byte* tail = source + chunks * kChunk;
-  const std::size_t stripes = (bytes - 1 - chunks * kChunk) / kStripe;
-  for (std::size_t i = 0; i < stripes; ++i) {
-    XXH3_accumulate_512(acc, reinterpret_cast<const xxh_u8*>(tail + i * kStripe), secret + i * XXH_SECRET_CONSUME_RATE);
+  std::memcpy(loaded, chunk + kChunk - kStripe, kStripe);
+  const std::size_t tail = bytes - chunks * kChunk;
+  std::memcpy(chunk, source + chunks * kChunk, tail);
+  for (std::size_t i = 0; i < (tail - 1) / kStripe; ++i) {
+    XXH3_accumulate_512(acc, reinterpret_cast<const xxh_u8*>(chunk + i * kStripe),
+                        secret + i * XXH_SECRET_CONSUME_RATE);
   }
-  XXH3_accumulate_512(acc, reinterpret_cast<const xxh_u8*>(source + bytes - kStripe),
+  XXH3_accumulate_512(acc, reinterpret_cast<const xxh_u8*>(loaded + tail),
                       secret + sizeof(XXH3_kSecret) - kStripe - XXH_SECRET_LASTACC_START);
-  cursor.put(tail, bytes - chunks * kChunk);
+  cursor.put(chunk, tail);
 #if defined(__x86_64__)
   _mm_sfence();  // stores past the cache are ordered by nothing else
 #endif

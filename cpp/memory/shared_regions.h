@@ -4,9 +4,9 @@
 #include <sys/stat.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -30,7 +30,7 @@ class SharedRegions {
 
   std::uint32_t add(std::span<const std::byte> memory, int fd) {
     if (regions_.size() >= kMost) throw Error(Code::kNoSpace, "more than 64 regions of shared memory; free some");
-    struct stat info {};
+    struct stat info{};
     if (fstat(fd, &info) != 0) throw Error(Code::kIo, "fstat of shared memory", errno);
     regions_.push_back({++last_, reinterpret_cast<std::uint64_t>(memory.data()), memory.size(), fd,
                         static_cast<std::uint64_t>(info.st_ino)});

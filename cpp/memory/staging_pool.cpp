@@ -52,6 +52,9 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
         thread.join();
       }
     }
+    for (auto& queue : waiting_) {
+      for (Waiter& waiter : queue) waiter.done({});
+    }
   }
 
   Slot try_acquire(SlotUse use) {
@@ -145,6 +148,9 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
       throw Error(Code::kInvalidArgument, text("staging: chunk_bytes = ", options.chunk_bytes, ", prepare_threads = ",
                                                options.prepare_threads, ": must be more than 0, and 1 to 64"));
     }
+    if (options.numa_node < -1) {
+      throw Error(Code::kInvalidArgument, text("staging: numa_node = ", options.numa_node, ": must be -1 or more"));
+    }
     constexpr std::uint64_t kPage = Region::kHugePageBytes;
     return (std::min(options.chunk_bytes, std::uint64_t{1} << 40) + kPage - 1) / kPage * kPage;
   }
@@ -157,12 +163,14 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
     if (chunk >= chunk_ready_.size()) return false;
     const std::uint64_t first = chunk * chunk_bytes_;
     const std::uint64_t bytes = std::min(chunk_bytes_, region_.mapped_bytes() - first);
-    const bool wanted = options_.lock_limit_bytes == 0 || first + bytes <= options_.lock_limit_bytes;
-    const bool locked = wanted && region_.lock(first, bytes);
+    const std::uint64_t limit = options_.lock_limit_bytes == 0 ? region_.mapped_bytes() : options_.lock_limit_bytes;
+    const std::uint64_t allowed = limit > first ? std::min(bytes, limit - first) : 0;
+    const std::uint64_t wanted = allowed / Region::kHugePageBytes * Region::kHugePageBytes;
+    const bool locked = wanted > 0 && region_.lock(first, wanted);
     {
       const std::lock_guard lock(mutex_);
-      lock_refused_ |= wanted && !locked;
-      locked_bytes_ += locked ? bytes : 0;
+      lock_refused_ |= wanted > 0 && !locked;
+      locked_bytes_ += locked ? wanted : 0;
       chunk_ready_[chunk] = true;
       if (++ready_chunks_ == chunk_ready_.size()) prepare_s_ = seconds_since_start();
       std::size_t ready = ready_bytes_ / chunk_bytes_;

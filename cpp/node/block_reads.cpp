@@ -5,6 +5,17 @@
 
 namespace dualkv {
 
+std::uint32_t page_aligned_group(const KvGeometry& geometry, std::uint32_t layers) {
+  const auto aligned = [&](std::uint32_t group) {
+    for (std::uint32_t first = group; first < geometry.layers(); first += group) {
+      if (geometry.layer_offset(first) % KvGeometry::kPageBytes != 0) return false;
+    }
+    return true;
+  };
+  while (layers < geometry.layers() && !aligned(layers)) ++layers;
+  return layers;
+}
+
 BlockReads::BlockReads(StoreState& store, std::uint32_t layers_per_read, std::uint32_t credit_layers, Done done)
     : store_(store),
       per_read_(layers_per_read),

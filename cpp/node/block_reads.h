@@ -11,6 +11,10 @@
 
 namespace dualkv {
 
+// The smallest group of at least `layers` layers whose boundaries all lie between pages, so that reads of neighbours
+// touch no byte of each other; all layers if there is none.
+std::uint32_t page_aligned_group(const KvGeometry& geometry, std::uint32_t layers);
+
 // The first group of layers of all blocks is read before the second of any, so the first layers are complete after
 // their share of the bytes. A transit slot is taken only for layers that have credit, so a slot never waits for
 // anything but I/O: two loads that share pools can't deadlock, and a hit may be larger than the pool. Progress thread

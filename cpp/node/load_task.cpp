@@ -58,6 +58,7 @@ LoadTask::LoadTask(NodeState& node, LoadRequest request)
   blocks_.resize(hit_);
   for (Block& block : blocks_) block.layers_left = layers_;
   delivered_.resize(std::size_t{layers_} * hit_);
+  from_decode_.resize(std::size_t{layers_} * hit_);
   checksums_.resize(std::size_t{layers_} * hit_);
   layer_left_.assign(layers_, hit_);
   published_.resize(layers_);
@@ -233,6 +234,7 @@ void LoadTask::Source::arrived(const std::string&, std::uint32_t layer, std::uin
 void LoadTask::deliver(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
   const std::size_t at = slot_of(layer, block);
   delivered_[at] = true;
+  from_decode_[at] = source.index != 0 && source.index == decode_source_;
   checksums_[at] = checksum;
   const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
   if (source.link && source.asked_bytes >= bytes) {
@@ -366,7 +368,7 @@ void LoadTask::publish(std::uint32_t layer) {
 
 void LoadTask::publish_now(std::uint32_t layer) {
   // What the decode node read itself is in its staging already.
-  const auto skipped = [&](std::uint32_t block) { return block < hit_ && blocks_[block].source == decode_source_; };
+  const auto skipped = [&](std::uint32_t block) { return block < hit_ && from_decode_[slot_of(layer, block)]; };
   const auto blocks = static_cast<std::uint32_t>(request_.block_ids.size());
   std::uint32_t count = 0;
   for (std::uint32_t first = 0; first < blocks;) {

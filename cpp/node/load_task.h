@@ -105,6 +105,7 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   std::vector<std::unique_ptr<Source>> sources_;  // 0 is this node
   std::vector<Block> blocks_;
   std::vector<bool> delivered_;            // [layer][block]
+  std::vector<bool> from_decode_;          // delivered by the decode node, which so has it
   std::vector<std::uint64_t> checksums_;   // of delivered Layer Blocks
   std::vector<std::uint32_t> layer_left_;  // blocks not yet in place
   std::uint32_t layers_ready_ = 0;

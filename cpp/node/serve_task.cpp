@@ -65,13 +65,15 @@ void IncomingTask::close() { fail({Code::kCancelled, 0, "the hand-over was close
 std::shared_ptr<ServeTask> ServeTask::begin(NodeState& node, std::shared_ptr<Link> link, const OpenLoad& open) {
   std::shared_ptr<ServeTask> task(new ServeTask(node, std::move(link), open));
   const std::weak_ptr<ServeTask> weak = task;
-  // The decode node holds the whole prompt anyway, so its reads don't wait for credit.
-  task->reads_ = std::make_unique<BlockReads>(node.storage(), open.layers_per_read,
-                                              open.decode ? task->layers_ : open.credit_layers,
-                                              [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
-                                                if (const auto self = weak.lock())
-                                                  self->on_read(block, layers, std::move(result));
-                                              });
+  // The decode node holds the whole prompt anyway, so its reads don't wait for credit. They go group by group into one
+  // slot, where a later read must not touch a page of what has been verified.
+  const KvGeometry& geometry = node.geometry();
+  task->reads_ = std::make_unique<BlockReads>(
+      node.storage(), open.decode ? page_aligned_group(geometry, open.layers_per_read) : open.layers_per_read,
+      open.decode ? task->layers_ : open.credit_layers,
+      [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
+        if (const auto self = weak.lock()) self->on_read(block, layers, std::move(result));
+      });
   task->sender_ = std::make_unique<LayerSender>(
       node.sends(), task->link_, open.grant, Lane::kLow, *task,
       [](std::uint32_t, const std::vector<std::uint32_t>&, Outcome) {});  // refusals come as messages
@@ -153,43 +155,34 @@ void ServeTask::start_read(const BlockToRead& block) {
 
 void ServeTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result) {
   if (ended_) return;
-  if (open_.decode) {
-    // A read into a slot that was replaced, because the prefill node published the block instead.
-    if (reading_[block] == 0 || result.slot != slots_[block]) return;
-    --reading_[block];
-  }
+  if (open_.decode && result.slot == slots_[block]) --reading_[block];
   if (reads_->idle()) node_.send(*link_, ReadReport{open_.load, reads_->times(opened_)});
-  if (!result.outcome.ok()) return on_read_failed(block, layers, result);
+  if (!result.outcome.ok()) {
+    BlocksFailed failed{open_.load, result.outcome.code, result.outcome.os_errno, result.reason, {block}};
+    return node_.send(*link_, failed);
+  }
   const std::uint32_t last = std::min(layers.first + layers.count, credit_);
   if (last > layers.first) send_layers(block, {layers.first, last - layers.first}, result.slot);
   sender_->pump();
-  if (open_.decode) on_own_read(block, layers);
+  if (open_.decode) on_own_read(block, layers, result.slot);
 }
 
-void ServeTask::on_own_read(std::uint32_t block, LayerRange layers) {
+void ServeTask::on_own_read(std::uint32_t block, LayerRange layers, const Slot& slot) {
+  // The slot was replaced while this was being read, for something that the prefill node had published before it asked.
+  const bool elsewhere = slot != slots_[block];
+  if (elsewhere) copy_within(slot, block, node_.geometry().payload_bytes(), node_.geometry().trailer_bytes());
   for (std::uint32_t layer = layers.first; layer < layers.first + layers.count; ++layer) {
+    if (elsewhere && !arrived_[at(layer, block)]) {
+      copy_within(slot, block, node_.geometry().layer_offset(layer), node_.geometry().layer_bytes(layer));
+    }
     own_[at(layer, block)] = true;
     mark(layer, block);
   }
 }
 
-void ServeTask::on_read_failed(std::uint32_t block, LayerRange layers, const ReadResult& result) {
-  node_.send(*link_, BlocksFailed{open_.load, result.outcome.code, result.outcome.os_errno, result.reason, {block}});
-  if (!open_.decode) return;
-  const std::uint32_t after = layers.first + layers.count;
-  const bool before_right = layers.first == 0 || still_right(layers.first - 1, block);
-  const bool after_right = after == layers_ || still_right(after, block);
-  if (before_right && after_right) return;
-  end({Code::kCorrupt, 0, text("a failed read damaged a layer of block ", block, " that was here already")},
-      /*tell=*/true);
-}
-
-bool ServeTask::still_right(std::uint32_t layer, std::uint32_t block) const {
-  if (!own_[at(layer, block)]) return true;
-  const KvGeometry& geometry = node_.geometry();
-  const std::span<const std::byte> image(slots_[block].get(), geometry.file_bytes());
-  return checksum(image.subspan(geometry.layer_offset(layer), geometry.layer_bytes(layer))) ==
-         trailer_checksum(image.subspan(geometry.payload_bytes()), layer);
+// To the same place in the block's slot.
+void ServeTask::copy_within(const Slot& source, std::uint32_t block, std::uint64_t offset, std::uint64_t bytes) {
+  std::memcpy(slots_[block].get() + offset, source.get() + offset, bytes);
 }
 
 void ServeTask::send_layers(std::uint32_t block, LayerRange layers, const Slot& slot) {
@@ -232,16 +225,22 @@ std::size_t ServeTask::target(std::uint32_t layer, std::uint32_t block, std::spa
 // with what has been read already.
 bool ServeTask::take_fresh_slot(std::uint32_t block) {
   Slot fresh = node_.pool().try_acquire(SlotUse::kTransit);
-  if (!fresh) return false;
+  if (!fresh) {
+    // The prompt can't be completed here. The writer hears it with this very write; the rest ends after it.
+    node_.grants().remove(grant_);
+    node_.progress().post([weak = weak_from_this()] {
+      if (const auto self = weak.lock())
+        self->end({Code::kNoSpace, 0, "no staging is free for a block"}, /*tell=*/true);
+    });
+    return false;
+  }
+  const Slot before = std::exchange(slots_[block], std::move(fresh));
   const KvGeometry& geometry = node_.geometry();
   for (std::uint32_t layer = 0; layer < layers_; ++layer) {
-    if (!arrived_[at(layer, block)]) continue;
-    const std::uint64_t offset = geometry.layer_offset(layer);
-    std::memcpy(fresh.get() + offset, slots_[block].get() + offset, geometry.layer_bytes(layer));
+    if (arrived_[at(layer, block)])
+      copy_within(before, block, geometry.layer_offset(layer), geometry.layer_bytes(layer));
   }
-  std::memcpy(fresh.get() + geometry.payload_bytes(), slots_[block].get() + geometry.payload_bytes(),
-              geometry.trailer_bytes());
-  slots_[block] = std::move(fresh);
+  copy_within(before, block, geometry.payload_bytes(), geometry.trailer_bytes());
   reading_[block] = 0;
   return true;
 }

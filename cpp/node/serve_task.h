@@ -91,10 +91,8 @@ class ServeTask : public NodeTask,
   void on_reserved(std::vector<Slot> slots);
   void start_read(const BlockToRead& block);
   void on_read(std::uint32_t block, LayerRange layers, ReadResult result);
-  void on_own_read(std::uint32_t block, LayerRange layers);
-  void on_read_failed(std::uint32_t block, LayerRange layers, const ReadResult& result);
-  // Whether a Layer Block that was right still is: a failed read beside it may have written to a page they share.
-  bool still_right(std::uint32_t layer, std::uint32_t block) const;
+  void on_own_read(std::uint32_t block, LayerRange layers, const Slot& slot);
+  void copy_within(const Slot& source, std::uint32_t block, std::uint64_t offset, std::uint64_t bytes);
   bool take_fresh_slot(std::uint32_t block);
   void send_layers(std::uint32_t block, LayerRange layers, const Slot& slot);
   void mark(std::uint32_t layer, std::uint32_t block);

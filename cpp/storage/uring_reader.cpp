@@ -263,8 +263,8 @@ class UringReader : public BlockReader {
   }
 
   void on_open_failed(std::uint32_t index, int result, bool restart) {
-    ++entries_[index].generation;  // the linked read is cancelled, and may or may not say so
-    entries_[index].opened = false;
+    // The linked read is cancelled, and may or may not say so. The file before this one, if any, is still in its place.
+    ++entries_[index].generation;
     if (restart && (result == -EINTR || result == -EAGAIN)) return open_and_read(index);
     finish(index, {result == -ENOENT ? Code::kNotFound : Code::kIo, -result});
   }

@@ -18,7 +18,7 @@ namespace {
 std::span<std::byte> map_region(pid_t pid, const SharedRegion& region) {
   const std::string path = text("/proc/", pid, "/fd/", region.fd);
   const Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  struct stat info {};
+  struct stat info{};
   if (!fd.valid() || fstat(fd.get(), &info) != 0) return {};
   // Only memory that can't shrink: a page that is gone would kill whoever reads it.
   const int seals = fcntl(fd.get(), F_GET_SEALS);

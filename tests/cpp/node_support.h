@@ -97,10 +97,11 @@ class NodeTestBase {
     }
   }
 
-  void corrupt(std::uint32_t block, std::uint64_t offset) {
+  void corrupt(std::uint32_t block, std::uint64_t offset) { corrupt(block, offset, root_.path()); }
+  void corrupt(std::uint32_t block, std::uint64_t offset, const std::string& root) {
     const std::string hex = keys_[block].hex();
     std::string path;
-    for (const auto& entry : std::filesystem::recursive_directory_iterator(root_.path())) {
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(root)) {
       if (entry.path().filename() == hex + ".kv") path = entry.path();
     }
     const int fd = open(path.c_str(), O_RDWR);

@@ -517,7 +517,7 @@ TEST_F(PreparedPoolTest, SharedMemoryHasAnFdOfThatSizeThatCantShrink) {
     StagingPool pool(geometry_, options);
     fd = pool.shared_fd();
     ASSERT_GE(fd, 0);
-    struct stat info {};
+    struct stat info{};
     ASSERT_EQ(fstat(fd, &info), 0);
     EXPECT_GE(static_cast<std::uint64_t>(info.st_size), pool.memory().size());
     EXPECT_NE(ftruncate(fd, 0), 0) << "a peer that reads it must not be killed";

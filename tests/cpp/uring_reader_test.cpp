@@ -40,11 +40,11 @@ class SharedRing : public StoreTest, public ::testing::WithParamInterface<const 
       const Status status = reads[i].wait(in(20));
       if (status.ok()) EXPECT_TRUE(slot_holds(into[i], i, layers)) << i;
       if (!status.ok()) EXPECT_NE(status.message.find(keys_[i].hex()), std::string::npos) << status.message;
-      out += status.ok()                         ? '.'
-             : status.code == Code::kNotFound    ? 'n'
-             : status.code == Code::kCorrupt     ? 'c'
-             : status.code == Code::kIo          ? 'i'
-                                                 : '?';
+      out += status.ok()                      ? '.'
+             : status.code == Code::kNotFound ? 'n'
+             : status.code == Code::kCorrupt  ? 'c'
+             : status.code == Code::kIo       ? 'i'
+                                              : '?';
     }
     return out;
   }
@@ -118,7 +118,7 @@ class SmallDisk {
   bool mounted() const { return mounted_; }
   const std::string& path() const { return directory_.path(); }
   std::uint64_t free_bytes() const {
-    struct statvfs info {};
+    struct statvfs info{};
     statvfs(directory_.path().c_str(), &info);
     return info.f_bfree * info.f_bsize;
   }
@@ -259,6 +259,7 @@ TEST_P(LazyPool, ReadsAreRightWhileMemoryIsPreparedAndInTheEndAllOfItIsRegistere
   EXPECT_GE(stats.registered_buffers, 2u);
   EXPECT_GE(stats.register_s, 0);
   // Slots of the last buffer too.
+  ASSERT_TRUE(eventually([&] { return pool.stats().free_slots == pool.stats().slots; }));
   std::vector<Slot> rest;
   for (Slot slot = pool.try_acquire(SlotUse::kTransit); slot; slot = pool.try_acquire(SlotUse::kTransit)) {
     rest.push_back(std::move(slot));

@@ -1,4 +1,4 @@
-"""The data plane through the public API: groups of layers, shared memory, checksums that come along, lanes, timelines."""
+"""The data plane through the public API: groups of layers, shared memory, checksums sent along, lanes, timelines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import itertools
 import json
 import os
 import random
@@ -37,7 +38,7 @@ from support import (
     plan,
     threads,
 )
-from test_docs import CODES, SECRET, PythonPeer, closed_by_node, frame, geometry, header, receive, receive_frame
+from test_docs import CODES, SECRET, PythonPeer, closed_by_node, frame, geometry, receive, receive_frame
 from test_failures import Child
 
 import dualkv
@@ -104,9 +105,7 @@ def check_reads(result: dict[str, Any], block_bytes: Callable[[int, int], int]) 
 
 
 @pytest.mark.parametrize("scheme", ["loopback", "tcp", "shm"])
-def test_every_number_of_layers_per_read_gives_the_same_bytes(
-    make_node: MakeNode, tmp_path: Path, scheme: str
-) -> None:
+def test_every_number_of_layers_per_read_gives_the_same_bytes(make_node: MakeNode, tmp_path: Path, scheme: str) -> None:
     pair = Pair(make_node, scheme, tmp_path)
     for layers_per_read in range(LAYERS + 1):
         for policy in POLICIES:
@@ -219,7 +218,7 @@ def test_too_much_is_no_space_and_leaks_nothing(make_node: MakeNode, tmp_path: P
     node = make_node("n", listen=f"shm://{tmp_path}/n.sock")
     gc.collect()
     before = (shared_fds(), mappings(), open_fds())
-    for size in (2**62, 2**63 - 1, 2**47):
+    for size in (2**50, 10**17):
         error = error_of(lambda size=size: node.allocate(size))  # type: ignore[misc]
         assert error is not None
         assert error.code == "no_space"
@@ -254,7 +253,7 @@ class Sent:
         for layer in range(self.geometry.layers):
             size, parts = self.geometry.layer_bytes(layer), []
             cuts = [size * i // planes for i in range(planes + 1)]
-            for first, last in zip(cuts, cuts[1:], strict=False):
+            for first, last in itertools.pairwise(cuts):
                 count = (last - first) * self.blocks
                 parts.append(memory[at : at + count].reshape(self.blocks, last - first))
                 at += count
@@ -289,9 +288,7 @@ class Sent:
 
 @pytest.mark.parametrize("target_planes", [1, 2, 4])
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
-def test_sends_from_allocated_memory(
-    sharing: tuple[dualkv.Node, dualkv.Node], planes: int, target_planes: int
-) -> None:
+def test_sends_from_allocated_memory(sharing: tuple[dualkv.Node, dualkv.Node], planes: int, target_planes: int) -> None:
     pe, de = sharing
     sent = Sent(pe, de, planes, target_planes)
     for tag in (10, 100):
@@ -333,12 +330,16 @@ def test_memory_that_comes_and_goes_during_sends(sharing: tuple[dualkv.Node, dua
         for i, sent in enumerate(kept):
             sent.fill(1000 * round_ + 100 * i)
             running.append(sent.send())
-            del pe.allocate(1 + 5000 * i)[:0]
+            pe.allocate(1 + 5000 * i)[:] = 1
         for i, (sent, (operation, _)) in enumerate(zip(kept, running, strict=True)):
             operation.wait(LONG_S)
             assert sent.arrived(1000 * round_ + 100 * i)
     assert pe.stats()["frames_hostile"] == de.stats()["frames_hostile"] == 0
     assert "shm_not_mapped" not in de.stats()["fallbacks"], "all that was announced could be mapped"
+
+
+def arrived(grant: dualkv.Grant, layer: int) -> bool:
+    return error_of(lambda: grant.wait(layer, 0)) is None
 
 
 def test_withdrawn_sends_write_nothing_wrong(sharing: tuple[dualkv.Node, dualkv.Node]) -> None:
@@ -355,7 +356,7 @@ def test_withdrawn_sends_write_nothing_wrong(sharing: tuple[dualkv.Node, dualkv.
         del operation
         sent.memory[:] = 0xEE
         for layer, parts in enumerate(sent.target_arrays):
-            if error_of(lambda layer=layer: grant.wait(layer, 0)) is None:  # type: ignore[misc]
+            if arrived(grant, layer):
                 for block in range(sent.blocks):
                     expected = layer_block(100 + block, layer, LAYER_BYTES[layer])
                     assert bool((np.concatenate([part[block] for part in parts]) == expected).all())
@@ -376,6 +377,8 @@ class KilledSender:
 def test_a_sender_killed_in_the_middle(make_node: MakeNode, tmp_path: Path, delay_ms: int) -> None:
     blocks = 400
     node = make_node("de", listen=f"shm://{tmp_path}/de.sock", peer_silence_s=2)
+    gc.collect()
+    before = mappings()
     sender = KilledSender(tmp_path, node)
     try:
         target = HostCache(node.geometry, blocks)
@@ -388,13 +391,13 @@ def test_a_sender_killed_in_the_middle(make_node: MakeNode, tmp_path: Path, dela
         ended = [error_of(lambda grant=grant: grant.wait(LAYERS - 1, LONG_S)) for grant in grants]  # type: ignore[misc]
         assert {error.code for error in ended if error is not None} <= {"peer_lost"}
         for layer in range(LAYERS):
-            if all(error_of(lambda g=grant, i=layer: g.wait(i, 0)) for grant in grants):  # type: ignore[misc]
+            if not any(arrived(grant, layer) for grant in grants):
                 continue
             for block in range(blocks):  # every grant had the same bytes
-                assert target.layer_is(layer, block, block + 1) or target.layer_is(layer, block, 1000)
+                assert target.layer_is(layer, block, block + 1)
     finally:
         sender.child.end()
-    assert eventually(lambda: mappings() == 1)
+    assert eventually(lambda: mappings() == before)
 
 
 # --- regions of a peer that misbehaves
@@ -457,7 +460,7 @@ class Shared:
         kind, answer = receive_frame(self.low)
         assert kind == "write_done"
         code = CODES[struct.unpack("<QQ", answer)[1]]
-        assert (error_of(lambda: grant.wait(1, 0)) is None) == (code == "ok")
+        assert arrived(grant, 1) == (code == "ok")
         return code, self.target[2].tobytes() == content
 
     def write_own_memory(self, region: int = 1) -> tuple[str, bool]:
@@ -700,7 +703,7 @@ def test_checksums_are_those_of_the_concatenated_planes(small: dualkv.KvGeometry
         layers = []
         for size in LAYER_BYTES:
             cuts = [size * i // planes for i in range(planes + 1)]
-            parts = [rng.integers(0, 256, (4, b - a), dtype=np.uint8) for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts = [rng.integers(0, 256, (4, b - a), dtype=np.uint8) for a, b in itertools.pairwise(cuts)]
             layers.append(parts)
         cache = dualkv.PagedKv(small, layers)
         sums = cache.checksums([3, 0, 3])
@@ -711,10 +714,18 @@ def test_checksums_are_those_of_the_concatenated_planes(small: dualkv.KvGeometry
                 assert sums[layer, at] == dualkv.checksum(b"".join(part[block].tobytes() for part in parts))
         assert (cache.checksums([1], layers=(2, 2)) == cache.checksums([1])[2:4]).all()
         assert cache.checksums([], layers=(1, 1)).shape == (1, 0)
-        for blocks, what in (([4], None), ([0], (0, LAYERS + 1)), ([0], (LAYERS, 1)), ([0], (1, 2**32 - 1))):
-            error = error_of(lambda blocks=blocks, what=what: cache.checksums(blocks, layers=what))  # type: ignore[misc]
-            assert error is not None
-            assert error.code == "invalid_argument"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layers"), [([4], None), ([0], (0, LAYERS + 1)), ([0], (LAYERS, 1)), ([0], (1, 2**32 - 1))]
+)
+def test_checksums_of_what_is_not_there(
+    small: dualkv.KvGeometry, blocks: list[int], layers: tuple[int, int] | None
+) -> None:
+    cache = HostCache(small, 4)
+    error = error_of(lambda: cache.kv.checksums(blocks, layers=layers))
+    assert error is not None
+    assert error.code == "invalid_argument"
 
 
 def test_right_checksums_are_accepted(linked: tuple[dualkv.Node, dualkv.Node, HostCache]) -> None:
@@ -754,7 +765,7 @@ def test_a_wrong_checksum_is_corrupt_and_marks_nothing_ready(
     assert failure is not None
     assert failure.code == "corrupt"
     for layer in range(LAYERS):
-        if error_of(lambda layer=layer: grant.wait(layer, 0)) is None:  # type: ignore[misc]
+        if arrived(grant, layer):
             assert layer < bad_layer
             assert all(target.layer_is(layer, block, block + 1) for block in range(3))
     assert eventually(lambda: sum(link["writes_corrupt"] for link in de.stats()["links"]) == 1)
@@ -851,9 +862,12 @@ def check_slices(trace: dict[str, Any]) -> None:
     """Complete events of one thread are nested or apart; the engine does one thing at a time."""
     slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     for row in {(event["pid"], event["tid"]) for event in slices}:
-        mine = sorted((event["ts"], event["ts"] + event["dur"], event["name"]) for event in slices
-                      if (event["pid"], event["tid"]) == row)
-        for (_, end, name), (begin, _, next_name) in zip(mine, mine[1:], strict=False):
+        mine = sorted(
+            (event["ts"], event["ts"] + event["dur"], event["name"])
+            for event in slices
+            if (event["pid"], event["tid"]) == row
+        )
+        for (_, end, name), (begin, _, next_name) in itertools.pairwise(mine):
             assert end <= begin + 0.002, f"{name} ends {end - begin:.0f} us after {next_name} has begun"
 
 
@@ -883,7 +897,7 @@ def test_trace_of_loads_with_a_decode_node(
 
 
 def local_load(node: dualkv.Node, keys: list[bytes], **options: Any) -> tuple[dualkv.Load, HostCache]:
-    cache = HostCache(node.geometry, len(keys))
+    cache = HostCache(node.geometry, max(len(keys), 1))
     chosen = plan(dualkv.PrefillOnly(), keys, node)
     return node.load(chosen, into=cache.kv, block_ids=range(len(keys)), **options), cache
 
@@ -955,6 +969,26 @@ def test_trace_of_a_load_that_failed(make_node: MakeNode, root: Path) -> None:
     assert root.exists()
 
 
+def test_a_layer_is_published_when_publish_is_called(make_node: MakeNode, tmp_path: Path) -> None:
+    pair = Pair(make_node, "tcp", tmp_path)
+    cache = HostCache(pair.geometry, PROMPT)
+    chosen = plan(dualkv.PrefillOnly(), pair.keys, pair.pe, pair.peer)
+    load = pair.pe.load(chosen, into=cache.kv, block_ids=range(PROMPT))
+    incoming = pair.de.incoming(load.id)
+    calls = []
+    for layer in range(LAYERS):
+        load.wait(layer, LONG_S)
+        before = time.monotonic()
+        load.publish(layer)
+        calls.append((before, time.monotonic()))
+    result = load.finish(LONG_S)
+    incoming.wait(LONG_S)
+    incoming.close()
+    for layer, (before, after) in enumerate(calls):
+        assert before - 1e-6 <= result["started_s"] + result["layer_published_s"][layer] <= after + 1e-6
+        assert result["layer_published_s"][layer] <= result["layer_publish_done_s"][layer] <= result["seconds"]
+
+
 def test_times_of_a_result_are_on_the_monotonic_clock(make_node: MakeNode) -> None:
     node, keys = stored_node(make_node)
     before = time.monotonic()
@@ -1020,7 +1054,6 @@ def test_the_first_wait_of_a_layer_is_recorded_once(make_node: MakeNode, how: st
         ({"prepare_threads": -1}, "prepare_threads"),
         ({"prepare_threads": "2"}, "prepare_threads"),
         ({"lazy": "yes"}, "lazy"),
-        ({"shared": 2}, "shared"),
         ({"lock_limit": -5}, ""),
         ({"numa_node": "0"}, "numa_node"),
         ({"numa_node": -2}, "numa_node"),
@@ -1045,13 +1078,14 @@ def test_a_pool_in_chunks_gives_every_slot(small: dualkv.KvGeometry, options: di
     acquired = pool.acquire(stats["slots"])
     acquired.wait(LONG_S)
     assert len(acquired.slots()) == stats["slots"]
-    assert eventually(lambda: pool.stats()["ready_chunks"] == 20)
-    stats = pool.stats()
-    assert stats["locked_bytes"] == (40 << 20 if stats["locked"] else stats["locked_bytes"])
+    while stats["ready_chunks"] < 20:
+        stats = pool.stats()
     assert stats["prepare_s"] > 0
+    if stats["locked"]:
+        assert stats["locked_bytes"] == 40 << 20
     del pool, acquired
     gc.collect()
-    assert eventually(lambda: threads() == before)
+    assert eventually(lambda: threads() <= before)
 
 
 def test_a_node_with_lazy_staging_loads_at_once(make_node: MakeNode, small: dualkv.KvGeometry) -> None:
