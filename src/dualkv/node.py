@@ -292,7 +292,7 @@ class Node:
         secret: shared by all peers; needed to listen on, or connect to, another host. Or ``secret_file``, whose
             content is stripped of white space at its ends.
         store_options: ``read_limit``, ``backend``, ``quota`` ... (docs/settings.md).
-        staging_options: ``transit_share``, ``lock_memory``, ``huge_pages``, ``shared``, ``lazy`` ... (docs/settings.md).
+        staging_options: ``transit_share``, ``lock_memory``, ``shared``, ``lazy`` ... (docs/settings.md).
         options: ``connections_per_lane``, ``low_dscp``, ``stall_s``, ``peer_silence_s`` ... (docs/settings.md).
 
     Use it as a context manager, or call :meth:`close`. Thread-safe.
