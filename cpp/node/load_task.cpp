@@ -355,12 +355,12 @@ void LoadTask::on_stalled(const std::string& name) {
   }
 }
 
-void LoadTask::publish(std::uint32_t layer) {
+void LoadTask::publish(std::uint32_t layer, Clock::time_point when) {
   if (ended_ || published_[layer]) return;
   published_[layer] = true;
   {
     const std::lock_guard lock(mutex_);
-    result_.layer_published_s[layer] = now_s();
+    result_.layer_published_s[layer] = since_start_s(when);
   }
   if (publisher_) return publish_now(layer);
   publish_queue_.push_back(layer);

@@ -30,7 +30,8 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   LoadResult result() const;
   std::int64_t failed_block() const;
 
-  void publish(std::uint32_t layer);
+  // Of the layer that the engine published then.
+  void publish(std::uint32_t layer, Clock::time_point when);
   void release(std::uint32_t layer);
   void fail(Status status);
   // Any thread: somebody waited for the layer. Only the first wait of a layer counts.

@@ -82,7 +82,7 @@ void Load::publish(std::uint32_t layer) {
     throw Error(Code::kInvalidArgument,
                 text("publish: layer ", layer, " has not been loaded yet; wait(", layer, ") first"));
   }
-  task_->node()->progress().post([task = task_, layer] { task->publish(layer); });
+  task_->node()->progress().post([task = task_, layer, now = Clock::now()] { task->publish(layer, now); });
 }
 
 void Load::release(std::uint32_t layer) {

@@ -85,7 +85,7 @@ Outcome InboundWrite::hand_over(Sum sum) {
     sink->arrived(peer_, header_.layer, entry.block, entry.checksum, right);
   }
   // Not wanted any more is fine; not wanted because the grant ended meanwhile must not look like a delivery.
-  if (skipped && grants_.find(header_.grant, peer_) == nullptr) return {Code::kRefused, 0};
+  if (outcome.ok() && skipped && grants_.find(header_.grant, peer_) == nullptr) return {Code::kRefused, 0};
   return outcome;
 }
 

@@ -1,6 +1,7 @@
 """Timelines of loads, for chrome://tracing and Perfetto."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 _ENGINE_THREAD = 1
@@ -86,8 +87,10 @@ class _Events:
         if ends[layer] - waits[layer] > _LEAST_WAIT_S:
             yield self._slice("wait", layer, waits[layer], ends[layer])
         begin = max(ends[layer], self._result["layer_ready_s"][layer])
-        end = self._result["layer_published_s"][layer] or (waits[layer + 1] if layer + 1 < self._layers else 0)
-        if begin and end > begin:
+        # An engine may publish later than it goes on to the next layer, even all layers in the end.
+        following = waits[layer + 1] if layer + 1 < self._layers else 0
+        end = min(self._result["layer_published_s"][layer] or inf, following or inf)
+        if begin and begin < end < inf:
             yield self._slice("compute", layer, begin, end)
 
     def _slice(self, kind: str, layer: int, begin: float, end: float) -> dict[str, Any]:

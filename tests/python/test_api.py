@@ -715,7 +715,7 @@ def test_a_typo_is_refused_by_name(root: Path, small: dualkv.KvGeometry, where: 
         {"staging_options": {"transit_share": float("nan")}},
         {"store_options": {"backend": "tape"}},
         {"store_options": {"direct": "maybe"}},
-        {"store_options": {"depth": 0}},
+        {"store_options": {"depth": -1}},
         {"store_options": {"depth": "x"}},
         {"store_options": {"read_limit": "fast"}},
         {"store_options": {"faults": {"error_rate": 2}}},
