@@ -127,6 +127,12 @@ void register_node(py::module_& m) {
              const std::chrono::duration<double> began(began_s);
              l.note_wait(layer, Clock::time_point(std::chrono::duration_cast<Clock::duration>(began)));
            })
+      .def("add_blocks",
+           [](Load& l, const Ids& ids) {
+             const std::vector<std::uint32_t> more = to_ids(ids);
+             const py::gil_scoped_release release;
+             l.add_blocks(more);
+           })
       .def("publish", &Load::publish)
       .def("release", &Load::release)
       .def("cancel", &Load::cancel, py::call_guard<py::gil_scoped_release>())
@@ -138,10 +144,12 @@ void register_node(py::module_& m) {
       .def_property_readonly("block_count", &Incoming::block_count)
       .def_property_readonly("milestones", &Incoming::milestones)
       .def("copy_to",
-           [](const Incoming& i, const Cache& target, const Ids& ids) {
-             const std::vector<std::uint32_t> blocks = to_ids(ids);
+           [](const Incoming& i, const Cache& target, const Ids& ids, const std::optional<Ids>& blocks) {
+             const std::vector<std::uint32_t> to = to_ids(ids);
+             const std::vector<std::uint32_t> from = blocks ? to_ids(*blocks) : std::vector<std::uint32_t>();
              const py::gil_scoped_release release;
-             i.copy_to(*target.kv, blocks);
+             if (!blocks) return i.copy_to(*target.kv, to);
+             i.copy_to(*target.kv, to, std::span<const std::uint32_t>(from));
            })
       .def("save",
            [](const Incoming& i, const std::vector<py::bytes>& keys, std::uint32_t first_block,
@@ -195,9 +203,10 @@ void register_node(py::module_& m) {
       .def("peer", &Node::peer)
       .def("view", &Node::view)
       .def("load",
-           [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, double deadline_s, std::uint32_t window,
-              std::uint32_t layers_per_read) {
-             LoadRequest request{plan, into.kv, to_ids(ids), deadline_s, window, layers_per_read};
+           [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, std::uint32_t prompt_blocks,
+              std::uint64_t load_id, double deadline_s, std::uint32_t window, std::uint32_t layers_per_read) {
+             LoadRequest request{plan,   into.kv,         to_ids(ids),   deadline_s,
+                                 window, layers_per_read, prompt_blocks, load_id};
              const py::gil_scoped_release release;
              return n.load(std::move(request));
            })

@@ -157,7 +157,7 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
 
   double seconds_since_start() const { return std::chrono::duration<double>(Clock::now() - started_).count(); }
 
-  // False if there is no chunk left to prepare. Any thread.
+  // False if there is no chunk left to prepare, or the pool is gone. Any thread.
   bool prepare_next() {
     const std::size_t chunk = next_chunk_++;
     if (chunk >= chunk_ready_.size()) return false;
@@ -177,8 +177,10 @@ class StagingState : public std::enable_shared_from_this<StagingState> {
       while (ready < chunk_ready_.size() && chunk_ready_[ready]) ++ready;
       become_ready(std::min(ready * chunk_bytes_, region_.mapped_bytes()));
     }
-    if (const auto self = weak_from_this().lock()) self->serve();  // null when the last handle is gone
-    return true;
+    // The last handle may be gone already, or be this one: then nothing of `this` is left afterwards.
+    const std::weak_ptr<StagingState> weak = weak_from_this();
+    if (const auto self = weak.lock()) self->serve();
+    return !weak.expired();
   }
 
   void all_ready() {

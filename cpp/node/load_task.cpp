@@ -49,7 +49,11 @@ std::shared_ptr<LoadTask> LoadTask::begin(NodeState& node, LoadRequest request) 
 LoadTask::LoadTask(NodeState& node, LoadRequest request)
     : node_(node),
       request_(std::move(request)),
-      id_(random_u64() >> 1),
+      id_(request_.load_id != 0 ? request_.load_id : random_u64() >> 1),
+      block_ids_(request_.block_ids),
+      prompt_blocks_(request_.prompt_blocks != 0 ? request_.prompt_blocks
+                                                 : static_cast<std::uint32_t>(block_ids_.size())),
+      blocks_missing_(prompt_blocks_ - std::min(prompt_blocks_, static_cast<std::uint32_t>(block_ids_.size()))),
       layers_(node.geometry().layers()),
       hit_(static_cast<std::uint32_t>(request_.plan.keys.size())),
       started_(Clock::now()),
@@ -85,19 +89,35 @@ void LoadTask::check_request() const {
           text("load: layers_per_read ", request_.layers_per_read, ": the model has ", layers_, " layers"));
   require(request_.deadline_s > 0 && request_.deadline_s <= 86400, invalid,
           text("load: deadline ", request_.deadline_s, " s: must be more than 0 and at most a day"));
-  require(request_.block_ids.size() >= hit_, invalid,
-          text("load: ", request_.block_ids.size(), " block ids for a hit of ", hit_, " blocks"));
-  std::vector<std::uint32_t> ids = request_.block_ids;
-  std::sort(ids.begin(), ids.end());
-  require(ids.empty() || ids.back() < request_.into->block_count(), invalid,
-          text("load: block id ", ids.empty() ? 0 : ids.back(), " of ", request_.into->block_count(), " blocks"));
-  const auto twice = std::adjacent_find(ids.begin(), ids.end());
-  require(twice == ids.end(), invalid, text("load: block id ", twice == ids.end() ? 0 : *twice, " is given twice"));
+  require(block_ids_.size() >= hit_, invalid,
+          text("load: ", block_ids_.size(), " block ids for a hit of ", hit_, " blocks"));
+  check_places(block_ids_);
+  require(!node_.has_load(id_), invalid, text("load: a load of id ", id_, " is in progress"));
   require(request_.plan.prefill.empty() || request_.plan.prefill == node_.name(), invalid,
           text("load: the plan is for '", request_.plan.prefill, "', this node is '", node_.name(), "'"));
   require(request_.plan.decode != node_.name(), invalid, "load: the decode node is this node; leave it empty");
   require(node_.active_loads() < node_.options().max_loads, Code::kNoSpace,
           text("load: ", node_.active_loads(), " loads in progress; raise `max_loads` or finish some"));
+}
+
+// `ids`: all of the load's.
+void LoadTask::check_places(std::vector<std::uint32_t> ids) const {
+  const auto invalid = Code::kInvalidArgument;
+  require(ids.size() <= prompt_blocks_, invalid,
+          text("load: ", ids.size(), " block ids for a prompt of ", prompt_blocks_, " blocks"));
+  std::sort(ids.begin(), ids.end());
+  require(ids.empty() || ids.back() < request_.into->block_count(), invalid,
+          text("load: block id ", ids.empty() ? 0 : ids.back(), " of ", request_.into->block_count(), " blocks"));
+  const auto twice = std::adjacent_find(ids.begin(), ids.end());
+  require(twice == ids.end(), invalid, text("load: block id ", twice == ids.end() ? 0 : *twice, " is given twice"));
+}
+
+void LoadTask::add_blocks(std::span<const std::uint32_t> more) {
+  std::vector<std::uint32_t> ids = block_ids_;
+  ids.insert(ids.end(), more.begin(), more.end());
+  check_places(ids);
+  block_ids_ = std::move(ids);
+  blocks_missing_ = prompt_blocks_ - static_cast<std::uint32_t>(block_ids_.size());
 }
 
 void LoadTask::add_source(const std::string& name, Path path, bool required) {
@@ -114,9 +134,9 @@ void LoadTask::add_source(const std::string& name, Path path, bool required) {
           text("load: more than ", kMaxSources, " nodes in a plan"));
   if (path == Path::kDecode) {
     const std::uint32_t most = node_.view_of(name).prompt_slots;
-    require(most == 0 || request_.block_ids.size() <= most, Code::kNoSpace,
-            text("load: the prompt has ", request_.block_ids.size(), " blocks, the staging of '", name, "' can hold ",
-                 most, "; raise its `staging`"));
+    require(most == 0 || prompt_blocks_ <= most, Code::kNoSpace,
+            text("load: the prompt has ", prompt_blocks_, " blocks, the staging of '", name, "' can hold ", most,
+                 "; raise its `staging`"));
   }
   auto source = std::make_unique<Source>();
   source->load = this;
@@ -171,7 +191,7 @@ void LoadTask::open_source(Source& source, const std::vector<std::uint32_t>& blo
   open.load = id_;
   open.decode = source.index == decode_source_;
   open.time_left_us = microseconds_until(deadline_);
-  open.prompt_blocks = static_cast<std::uint32_t>(request_.block_ids.size());
+  open.prompt_blocks = prompt_blocks_;
   open.layers_per_read = per_read_;
   open.credit_layers = credit_;
   open.grant = source.grant;
@@ -208,7 +228,7 @@ void LoadTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result
   for (std::uint32_t layer = layers.first; layer < layers.first + layers.count && !ended_; ++layer) {
     if (!wanted(0, layer, block)) continue;
     std::array<Extent, PagedKv::kMaxPlanes> target;
-    const std::size_t count = request_.into->extents(layer, request_.block_ids[block], target);
+    const std::size_t count = request_.into->extents(layer, block_ids_[block], target);
     scatter(result.slot.get() + geometry.layer_offset(layer), std::span<const Extent>(target).first(count));
     deliver(*sources_[0], layer, block, trailer_checksum(trailer, layer));
   }
@@ -221,7 +241,7 @@ bool LoadTask::wanted(std::size_t source, std::uint32_t layer, std::uint32_t blo
 
 std::size_t LoadTask::Source::target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
   if (!load->wanted(index, layer, block)) return 0;
-  return load->request_.into->extents(layer, load->request_.block_ids[block], out);
+  return load->request_.into->extents(layer, load->block_ids_[block], out);
 }
 
 void LoadTask::Source::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
@@ -369,11 +389,10 @@ void LoadTask::publish(std::uint32_t layer, Clock::time_point when) {
 void LoadTask::publish_now(std::uint32_t layer) {
   // What the decode node read itself is in its staging already.
   const auto skipped = [&](std::uint32_t block) { return block < hit_ && from_decode_[slot_of(layer, block)]; };
-  const auto blocks = static_cast<std::uint32_t>(request_.block_ids.size());
   std::uint32_t count = 0;
-  for (std::uint32_t first = 0; first < blocks;) {
+  for (std::uint32_t first = 0; first < prompt_blocks_;) {
     std::uint32_t end = first;
-    while (end < blocks && !skipped(end)) ++end;
+    while (end < prompt_blocks_ && !skipped(end)) ++end;
     publisher_->add(layer, first, end - first);
     count += end - first;
     first = end + 1;
@@ -392,7 +411,7 @@ void LoadTask::publish_now(std::uint32_t layer) {
 
 void LoadTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>&, WriteBlock& out) {
   out.block = block;
-  out.extents = static_cast<std::uint32_t>(request_.into->extents(layer, request_.block_ids[block], out.source));
+  out.extents = static_cast<std::uint32_t>(request_.into->extents(layer, block_ids_[block], out.source));
   out.checksum = block < hit_ ? checksums_[slot_of(layer, block)]
                               : checksum(std::span<const Extent>(out.source).first(out.extents));
 }

@@ -1,6 +1,7 @@
 // LoadTask: the prefill node's side of one load (docs/architecture.md, "Life of a load").
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -30,6 +31,9 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   LoadResult result() const;
   std::int64_t failed_block() const;
 
+  void add_blocks(std::span<const std::uint32_t> more);
+  // Blocks of the prompt without a place. Any thread.
+  std::uint32_t blocks_missing() const { return blocks_missing_; }
   // Of the layer that the engine published then.
   void publish(std::uint32_t layer, Clock::time_point when);
   void release(std::uint32_t layer);
@@ -73,6 +77,7 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
 
   LoadTask(NodeState& node, LoadRequest request);
   void check_request() const;
+  void check_places(std::vector<std::uint32_t> ids) const;
   void add_source(const std::string& name, Path path, bool required);
   void open_sources();
   void open_source(Source& source, const std::vector<std::uint32_t>& blocks);
@@ -97,6 +102,9 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   NodeState& node_;
   const LoadRequest request_;
   const std::uint64_t id_;
+  std::vector<std::uint32_t> block_ids_;
+  const std::uint32_t prompt_blocks_;
+  std::atomic<std::uint32_t> blocks_missing_;
   const std::uint32_t layers_;
   const std::uint32_t hit_;
   const Clock::time_point started_;

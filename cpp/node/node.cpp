@@ -73,6 +73,13 @@ void Load::note_wait(std::uint32_t layer, Clock::time_point begin) const {
   task_->note_wait(layer, begin, Clock::now());
 }
 
+void Load::add_blocks(std::span<const std::uint32_t> block_ids) {
+  run(*task_->node(), [&] {
+    task_->add_blocks(block_ids);
+    return true;
+  });
+}
+
 void Load::publish(std::uint32_t layer) {
   check_layer(layer, layers());
   if (!task_->publishes()) throw Error(Code::kInvalidArgument, "publish: the plan names no decode node");
@@ -81,6 +88,10 @@ void Load::publish(std::uint32_t layer) {
     if (!status.ok()) throw Error(status);
     throw Error(Code::kInvalidArgument,
                 text("publish: layer ", layer, " has not been loaded yet; wait(", layer, ") first"));
+  }
+  if (const std::uint32_t missing = task_->blocks_missing(); missing > 0) {
+    throw Error(Code::kInvalidArgument,
+                text("publish: ", missing, " blocks of the prompt have no place yet; add_blocks() first"));
   }
   task_->node()->progress().post([task = task_, layer, now = Clock::now()] { task->publish(layer, now); });
 }
@@ -105,13 +116,17 @@ std::uint32_t Incoming::block_count() const { return static_cast<std::uint32_t>(
 const std::shared_ptr<Milestones>& Incoming::milestones() const { return task_->milestones(); }
 Status Incoming::wait(Clock::time_point until) const { return task_->milestones()->wait(0, until); }
 
-void Incoming::copy_to(const PagedKv& target, std::span<const std::uint32_t> block_ids) const {
+void Incoming::copy_to(const PagedKv& target, std::span<const std::uint32_t> block_ids,
+                       std::optional<std::span<const std::uint32_t>> blocks) const {
   const std::vector<Slot> slots = task_->slots();
   const KvGeometry& geometry = task_->node()->geometry();
   if (slots.empty()) throw Error(Code::kInvalidArgument, "copy_to: the prompt is not complete, or was closed");
-  if (block_ids.size() != slots.size()) {
-    throw Error(Code::kInvalidArgument,
-                text("copy_to: ", block_ids.size(), " block ids for ", slots.size(), " blocks"));
+  if (const std::size_t wanted = blocks ? blocks->size() : slots.size(); block_ids.size() != wanted) {
+    throw Error(Code::kInvalidArgument, text("copy_to: ", block_ids.size(), " block ids for ", wanted, " blocks"));
+  }
+  for (std::uint32_t block : blocks.value_or(std::span<const std::uint32_t>())) {
+    if (block >= slots.size())
+      throw Error(Code::kInvalidArgument, text("copy_to: block ", block, " of a prompt of ", slots.size(), " blocks"));
   }
   if (target.layers() != geometry.layers())
     throw Error(Code::kInvalidArgument, "copy_to: the cache has another number of layers");
@@ -119,11 +134,12 @@ void Incoming::copy_to(const PagedKv& target, std::span<const std::uint32_t> blo
     if (id >= target.block_count())
       throw Error(Code::kInvalidArgument, text("copy_to: block id ", id, " of ", target.block_count(), " blocks"));
   }
-  for (std::size_t i = 0; i < slots.size(); ++i) {
+  for (std::size_t i = 0; i < block_ids.size(); ++i) {
+    const std::byte* slot = slots[blocks ? (*blocks)[i] : i].get();
     for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
       std::array<Extent, PagedKv::kMaxPlanes> extents;
       const std::size_t count = target.extents(layer, block_ids[i], extents);
-      scatter(slots[i].get() + geometry.layer_offset(layer), std::span<const Extent>(extents).first(count));
+      scatter(slot + geometry.layer_offset(layer), std::span<const Extent>(extents).first(count));
     }
   }
 }

@@ -73,6 +73,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   void send(Link& link, const Message& message) { link.send(encode_message(message)); }
   void add_task(const std::shared_ptr<NodeTask>& task);
   void add_load(std::uint64_t id, const std::shared_ptr<LoadTask>& task) { loads_[id] = task; }
+  bool has_load(std::uint64_t id) const { return loads_.contains(id); }
   void remove_load(std::uint64_t id, bool failed, std::uint32_t failovers);
   std::uint32_t active_loads() const { return static_cast<std::uint32_t>(loads_.size()); }
   std::shared_ptr<IncomingTask> incoming(std::uint64_t load, Clock::time_point deadline);

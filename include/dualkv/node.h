@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -96,6 +97,11 @@ struct LoadRequest {
   // Layers that storage reads at once; 0 = whole blocks, or half a window. Fewer: the first layers are ready after
   // their share of the bytes, at the price of more and smaller reads.
   std::uint32_t layers_per_read = 0;
+  // Blocks of the prompt, where not all have a place yet: engines that prefill in chunks allocate as they go, and bring
+  // the rest with add_blocks(). 0 = block_ids.size().
+  std::uint32_t prompt_blocks = 0;
+  // What the decode node passes to incoming(), if whoever routes the request has told both sides; 0 = a random one.
+  std::uint64_t load_id = 0;
 };
 
 class LoadTask;
@@ -114,6 +120,9 @@ class Load {
   Status wait(std::uint32_t layer, Clock::time_point until = Clock::time_point::max()) const;
   // For those who wait in another way, through milestones(): the wait that began then has ended now.
   void note_wait(std::uint32_t layer, Clock::time_point begin) const;
+  // Where the prompt's next blocks are (LoadRequest::prompt_blocks). All before the first publish(). Throws
+  // Error(kInvalidArgument) with none added.
+  void add_blocks(std::span<const std::uint32_t> block_ids);
   // The layer's new KV is in the cache: send it, and what the decode node did not read itself, on the LOW lane.
   void publish(std::uint32_t layer);
   // The engine no longer needs this layer's window slot (window_layers > 0): one more layer of credit.
@@ -142,9 +151,10 @@ class Incoming {
   // Milestone 0: the whole prompt is in staging.
   const std::shared_ptr<Milestones>& milestones() const;
   Status wait(Clock::time_point until = Clock::time_point::max()) const;
-  // Copies block i of the prompt to block_ids[i]. Throws Error(kInvalidArgument) before it is ready, or for
-  // ids out of range. Blocking; call without locks.
-  void copy_to(const PagedKv& target, std::span<const std::uint32_t> block_ids) const;
+  // Copies block blocks[i] of the prompt, or block i if `blocks` is left out, to block_ids[i]. Throws
+  // Error(kInvalidArgument) before it is ready, or for ids out of range. Blocking; call without locks.
+  void copy_to(const PagedKv& target, std::span<const std::uint32_t> block_ids,
+               std::optional<std::span<const std::uint32_t>> blocks = {}) const;
   // Saves blocks [first_block, first_block + keys.size()) from staging, without a copy.
   Operation save(std::span<const Key> keys, std::uint32_t first_block, const Key& parent) const;
   // Frees the staging; cancels the hand-over if it was not complete.

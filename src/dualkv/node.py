@@ -89,6 +89,18 @@ class Load:
         """Puts ``token`` on the notifier when the layer is in place or the load has failed."""
         self._milestones.notify(self._layer(layer), notifier, token)
 
+    def ended(self, layer: int) -> bool:
+        """Whether the layer is in place, or never will be: then :meth:`wait` returns or raises at once."""
+        return bool(self._milestones.ended(self._layer(layer)))
+
+    def add_blocks(self, block_ids: ArrayLike) -> None:
+        """Where the prompt's next blocks are, if ``prompt_blocks`` was given; all before the first :meth:`publish`.
+
+        Raises:
+            Error: ``invalid_argument`` for ids out of range, given before, or too many; none was added.
+        """
+        self._core.add_blocks(block_ids_array(block_ids))
+
     def publish(self, layer: int) -> None:
         """This layer's new KV is in the cache: send it to the decode node, with what that did not read itself.
 
@@ -163,9 +175,19 @@ class Incoming:
         """Puts ``token`` on the notifier when the prompt is ready or has failed."""
         self._milestones.notify(0, notifier, token)
 
-    def copy_to(self, cache: PagedKv, block_ids: ArrayLike) -> None:
-        """Copies block ``i`` of the prompt to ``block_ids[i]``. Blocks; releases the GIL."""
-        self._core.copy_to(cache, block_ids_array(block_ids))
+    @property
+    def done(self) -> bool:
+        """The prompt is in staging, or never will be: :meth:`wait` returns or raises at once."""
+        return bool(self._milestones.ended(0))
+
+    def copy_to(self, cache: PagedKv, block_ids: ArrayLike, blocks: ArrayLike | None = None) -> None:
+        """Copies block ``i`` of the prompt to ``block_ids[i]``. Blocks; releases the GIL.
+
+        Args:
+            blocks: copy block ``blocks[i]`` to ``block_ids[i]`` instead: where this node has some of them already.
+        """
+        chosen = None if blocks is None else block_ids_array(blocks)
+        self._core.copy_to(cache, block_ids_array(block_ids), chosen)
 
     def save(self, keys: Sequence[bytes], *, first_block: int, parent: bytes = b"") -> Operation:
         """Saves blocks from staging, without a copy; those stored already are skipped."""
@@ -378,6 +400,8 @@ class Node:
         *,
         into: PagedKv,
         block_ids: ArrayLike,
+        prompt_blocks: int = 0,
+        load_id: int = 0,
         deadline_s: float = 30,
         window_layers: int = 0,
         layers_per_read: int = 0,
@@ -388,6 +412,10 @@ class Node:
             plan: from a policy: which node reads which blocks of the hit, and who decodes.
             into: this engine's cache.
             block_ids: where the prompt's blocks go, ``[blocks]``: first the hit's, then those prefill will compute.
+            prompt_blocks: blocks of the prompt, if ``block_ids`` are only the first: an engine that prefills in chunks
+                allocates as it goes, and brings the rest with :meth:`Load.add_blocks`. 0 = ``len(block_ids)``.
+            load_id: what the decode node passes to :meth:`incoming`, chosen by whoever routes the request so that
+                both sides can be told at once; 1 to 2**64 - 1, unique among loads in progress. 0 = a random one.
             deadline_s: the load has ended by then, well or not.
             window_layers: layers the cache can hold at once, 0 = all; see :meth:`Load.release`.
             layers_per_read: layers that storage reads at once, 0 = whole blocks (or half a window). Fewer layers: the
@@ -398,7 +426,10 @@ class Node:
                 prompt): nothing was reserved.
         """
         ids = block_ids_array(block_ids)
-        return Load(self._core.load(plan, into, ids, deadline_s, window_layers, layers_per_read), into)
+        if not 0 <= load_id < 2**64 or not 0 <= prompt_blocks < 2**32:
+            raise invalid(f"load: load_id = {load_id}, prompt_blocks = {prompt_blocks}: out of range")
+        options = (prompt_blocks, load_id, deadline_s, window_layers, layers_per_read)
+        return Load(self._core.load(plan, into, ids, *options), into)
 
     def incoming(self, load_id: int, deadline_s: float = 30) -> Incoming:
         """The hand-over of a load to this node, also before the prefill node has begun it. Returns at once.

@@ -268,6 +268,42 @@ TEST_P(NodeTest, BadRequestsChangeNothing) {
   expect_all_free();
 }
 
+// Chunked prefill: the engine allocates the prompt's last blocks only when it comes to them.
+TEST_P(NodeTest, BlocksMayGetTheirPlaceLater) {
+  start();
+  HostCache cache(geometry_, 64), decode_cache(geometry_, 64);
+  const std::uint32_t prompt = kBlocks + 2;
+  for (std::uint32_t i = kBlocks; i < prompt; ++i) cache.fill(i + 10, i + 1);
+  Split policy;
+  LoadRequest request{plan(policy), cache.paged(), iota_ids(kBlocks), 10};
+  request.prompt_blocks = prompt;
+  request.load_id = 4711;
+  Load load = pe_->load(request);
+  EXPECT_EQ(load.id(), 4711u);
+  EXPECT_EQ(code_of([&] { pe_->load(request); }), Code::kInvalidArgument) << "one id, two loads";
+  Incoming incoming = de_->incoming(4711, 10);
+  for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) ASSERT_TRUE(load.wait(layer, in(10)).ok());
+  const auto refused = [&](std::vector<std::uint32_t> ids) { return code_of([&] { load.add_blocks(ids); }); };
+  EXPECT_EQ(code_of([&] { load.publish(0); }), Code::kInvalidArgument) << "two blocks have no place yet";
+  EXPECT_EQ(refused({64}), Code::kInvalidArgument);
+  EXPECT_EQ(refused({3}), Code::kInvalidArgument) << "in use";
+  EXPECT_EQ(refused({40, 41, 42}), Code::kInvalidArgument) << "one too many";
+  load.add_blocks(std::vector<std::uint32_t>{kBlocks + 10});
+  EXPECT_EQ(code_of([&] { load.publish(0); }), Code::kInvalidArgument) << "one block has no place yet";
+  load.add_blocks(std::vector<std::uint32_t>{kBlocks + 11});
+  for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) load.publish(layer);
+  ASSERT_TRUE(load.finish(in(10)).ok());
+  ASSERT_TRUE(incoming.wait(in(10)).ok());
+  const std::vector<std::uint32_t> some = {kBlocks + 1, 0, 2}, to = {5, 6, 7}, beyond = {prompt, 0, 1};
+  EXPECT_EQ(code_of([&] { incoming.copy_to(*decode_cache.paged(), to, std::span(beyond)); }), Code::kInvalidArgument);
+  EXPECT_EQ(code_of([&] { incoming.copy_to(*decode_cache.paged(), to); }), Code::kInvalidArgument);
+  incoming.copy_to(*decode_cache.paged(), to, std::span(some));
+  for (std::uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(decode_cache.holds(to[i], some[i] + 1)) << i;
+  for (std::uint32_t id : {4u, 8u}) EXPECT_FALSE(decode_cache.holds(id, kBlocks + 2));
+  incoming.close();
+  expect_all_free();
+}
+
 TEST_P(NodeTest, GrantAndSendLayers) {
   start();
   HostCache target(geometry_, 32);

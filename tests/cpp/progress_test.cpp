@@ -269,10 +269,11 @@ TEST(Progress, WhatAHandlerPostsRunsWithoutAWakeUp) {
 }
 
 TEST(Progress, ATaskThatPostsItselfForEverStarvesNobody) {
-  Progress progress("test");
   const Fd fd = event();
   std::atomic<bool> stop{false}, timer{false}, handler{false}, posted{false};
-  std::function<void()> again = [&] {
+  std::function<void()> again;  // outlives the thread that copies it
+  Progress progress("test");
+  again = [&] {
     if (!stop) progress.post(again);
   };
   progress.post([&] {

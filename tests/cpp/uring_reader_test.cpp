@@ -38,8 +38,11 @@ class SharedRing : public StoreTest, public ::testing::WithParamInterface<const 
     std::string out;
     for (std::uint32_t i = 0; i < kBlocks; ++i) {
       const Status status = reads[i].wait(in(20));
-      if (status.ok()) EXPECT_TRUE(slot_holds(into[i], i, layers)) << i;
-      if (!status.ok()) EXPECT_NE(status.message.find(keys_[i].hex()), std::string::npos) << status.message;
+      if (status.ok()) {
+        EXPECT_TRUE(slot_holds(into[i], i, layers)) << i;
+      } else {
+        EXPECT_NE(status.message.find(keys_[i].hex()), std::string::npos) << status.message;
+      }
       out += status.ok()                      ? '.'
              : status.code == Code::kNotFound ? 'n'
              : status.code == Code::kCorrupt  ? 'c'
