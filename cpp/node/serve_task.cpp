@@ -124,6 +124,7 @@ void ServeTask::on_reserved(std::vector<Slot> slots) {
   reserved_ = true;
   reading_.resize(slots_.size());
   own_.resize(layers_ * slots_.size());
+  checksums_.resize(own_.size());
   arrived_.resize(layers_ * slots_.size());
   left_ = arrived_.size();
   grant_ = node_.grants().add(*this, link_->peer());
@@ -161,16 +162,24 @@ void ServeTask::on_read(std::uint32_t block, LayerRange layers, ReadResult resul
     BlocksFailed failed{open_.load, result.outcome.code, result.outcome.os_errno, result.reason, {block}};
     return node_.send(*link_, failed);
   }
+  if (open_.decode) note_checksums(block, layers, result.slot);
   const std::uint32_t last = std::min(layers.first + layers.count, credit_);
   if (last > layers.first) send_layers(block, {layers.first, last - layers.first}, result.slot);
   sender_->pump();
   if (open_.decode) on_own_read(block, layers, result.slot);
 }
 
+void ServeTask::note_checksums(std::uint32_t block, LayerRange layers, const Slot& slot) {
+  const std::span<const std::byte> trailer(slot.get() + node_.geometry().payload_bytes(),
+                                           node_.geometry().trailer_bytes());
+  for (std::uint32_t layer = layers.first; layer < layers.first + layers.count; ++layer) {
+    checksums_[at(layer, block)] = trailer_checksum(trailer, layer);
+  }
+}
+
 void ServeTask::on_own_read(std::uint32_t block, LayerRange layers, const Slot& slot) {
   // The slot was replaced while this was being read, for something that the prefill node had published before it asked.
   const bool elsewhere = slot != slots_[block];
-  if (elsewhere) copy_within(slot, block, node_.geometry().payload_bytes(), node_.geometry().trailer_bytes());
   for (std::uint32_t layer = layers.first; layer < layers.first + layers.count; ++layer) {
     if (elsewhere && !arrived_[at(layer, block)]) {
       copy_within(slot, block, node_.geometry().layer_offset(layer), node_.geometry().layer_bytes(layer));
@@ -195,7 +204,8 @@ void ServeTask::describe(std::uint32_t layer, std::uint32_t block, const std::sh
   const KvGeometry& geometry = node_.geometry();
   auto* slot = static_cast<std::byte*>(keep.get());
   out.block = block;
-  out.checksum = trailer_checksum({slot + geometry.payload_bytes(), geometry.trailer_bytes()}, layer);
+  out.checksum = open_.decode ? checksums_[at(layer, block)]
+                              : trailer_checksum({slot + geometry.payload_bytes(), geometry.trailer_bytes()}, layer);
   out.source[0] = {slot + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
   out.extents = 1;
   out.keep = keep;
@@ -240,7 +250,6 @@ bool ServeTask::take_fresh_slot(std::uint32_t block) {
     if (arrived_[at(layer, block)])
       copy_within(before, block, geometry.layer_offset(layer), geometry.layer_bytes(layer));
   }
-  copy_within(before, block, geometry.payload_bytes(), geometry.trailer_bytes());
   reading_[block] = 0;
   return true;
 }

@@ -91,6 +91,7 @@ class ServeTask : public NodeTask,
   void on_reserved(std::vector<Slot> slots);
   void start_read(const BlockToRead& block);
   void on_read(std::uint32_t block, LayerRange layers, ReadResult result);
+  void note_checksums(std::uint32_t block, LayerRange layers, const Slot& slot);
   void on_own_read(std::uint32_t block, LayerRange layers, const Slot& slot);
   void copy_within(const Slot& source, std::uint32_t block, std::uint64_t offset, std::uint64_t bytes);
   bool take_fresh_slot(std::uint32_t block);
@@ -121,8 +122,11 @@ class ServeTask : public NodeTask,
   std::vector<BlockToRead> waiting_;    // for the prompt's staging
   std::vector<std::uint32_t> reading_;  // own reads of the block not finished: the kernel may write to its slot
   std::vector<bool> own_;               // [layer][block]: read here
-  std::vector<bool> arrived_;           // [layer][block]
-  std::uint64_t left_ = 0;              // Layer Blocks not here
+  // [layer][block]: of what was read here. Not looked up when a block's turn to be sent comes: the engine may be saving
+  // it by then, which rewrites the trailer.
+  std::vector<std::uint64_t> checksums_;
+  std::vector<bool> arrived_;  // [layer][block]
+  std::uint64_t left_ = 0;     // Layer Blocks not here
 };
 
 }  // namespace dualkv
