@@ -112,6 +112,11 @@ class Load:
         """The window slot of this layer is free again (``window_layers``); layers in order."""
         self._core.release(self._layer(layer))
 
+    @property
+    def done(self) -> bool:
+        """Finished or failed: :meth:`finish` returns or raises at once."""
+        return bool(self._milestones.ended(self._core.layers))
+
     def cancel(self) -> None:
         """Gives up. When it returns, nothing writes to the cache any more."""
         self._core.cancel()

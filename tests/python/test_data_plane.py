@@ -91,7 +91,7 @@ class Pair:
 def check_reads(result: dict[str, Any], block_bytes: Callable[[int, int], int]) -> None:
     """Each side that read has read every layer once, group by group. Other nodes' reports may come too late."""
     for path in result["paths"]:
-        if path["blocks"] == 0 or (path["path"] != "prefill" and not path["reads"]):
+        if path["blocks"] == 0 or (path["path"] != "pe_path" and not path["reads"]):
             assert path["reads"] == []
             continue
         at = 0

@@ -18,17 +18,10 @@ import dualkv
 from dualkv.engines.compute import ModelledCompute, ModelledCosts, TorchCompute
 from dualkv.engines.decode import DecodeEngine
 from dualkv.engines.prefill import PrefillEngine
+from dualkv.policy import POLICIES
 
 _MAX_LINE_BYTES = 64 << 20
 _SAMPLE_S = 0.1
-
-POLICIES = {
-    "prefill_only": dualkv.PrefillOnly,
-    "decode_only": dualkv.DecodeOnly,
-    "round_robin": dualkv.RoundRobin,
-    "shortest_queue": dualkv.ShortestQueue,
-    "split": dualkv.Split,
-}
 
 
 def make_compute(config: dict[str, Any]) -> Any:
