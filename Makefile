@@ -7,12 +7,15 @@ RUN := $(VENV)/bin
 APT := $(if $(filter 0,$(shell id -u)),apt-get,sudo apt-get)
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-cpp test-python lint format system-demo system-test clean
+# Environments of real engines, one each: they pin what the others can't have.
+ENGINES := .engines
+
+.PHONY: demo test test-cpp test-python test-vllm test-engines lint format system-demo system-test clean
 
 demo: $(VENV)/demo.stamp
 	$(RUN)/dualkv demo --topology 1P1D,1P2D --html dualkv-demo.html
 
-test: lint test-python test-cpp
+test: lint test-python test-vllm test-cpp
 	@echo "all tests passed"
 
 # liburing makes storage reads fast; without root and without it, the build says so and goes on.
@@ -31,9 +34,10 @@ $(VENV)/bin/python: | system-demo
 
 sources := $(shell find src bindings cpp include third_party CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-$(VENV)/demo.stamp: $(sources) | system-demo $(VENV)/bin/python
+$(VENV)/demo.stamp: build/wheel/done | system-demo
 	$(RUN)/pip install -q "$(TORCH)"
-	$(RUN)/pip install -q ".[demo]"
+	$(RUN)/pip install -q --force-reinstall --no-deps build/wheel/*.whl
+	$(RUN)/pip install -q "$$(ls build/wheel/*.whl)[demo]"
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp | system-test
@@ -49,6 +53,26 @@ lint: $(VENV)/test.stamp
 
 test-python: $(VENV)/test.stamp
 	$(RUN)/python -m pytest
+
+# One build for all environments.
+build/wheel/done: $(sources) | system-demo $(VENV)/bin/python
+	rm -rf build/wheel
+	$(RUN)/pip wheel -q --no-deps -w build/wheel .
+	@touch $@
+
+.PRECIOUS: $(ENGINES)/%/done
+engine-%: $(ENGINES)/%/done ;
+$(ENGINES)/%/done: tests/engines/%.txt build/wheel/done
+	test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*
+	$(ENGINES)/$*/bin/pip install -q --no-deps -r tests/engines/$*.txt
+	$(ENGINES)/$*/bin/pip install -q --no-deps --force-reinstall build/wheel/*.whl
+	@touch $@
+
+test-vllm: $(VENV)/test.stamp engine-vllm
+	$(RUN)/python -m pytest tests/engines/test_vllm.py tests/engines/test_vllm_servers.py
+
+test-engines: $(VENV)/test.stamp engine-vllm engine-sglang engine-lmcache engine-transformers
+	$(RUN)/python -m pytest tests/engines
 
 # Each sanitizer is a build of its own; the first also measures coverage of the core. Counters of threaded code may
 # read negative (gcc bug 68080), which is no error of ours.
@@ -69,4 +93,4 @@ format: $(VENV)/test.stamp
 	$(RUN)/clang-format -i $$(git ls-files '*.cpp' '*.h' ':!third_party')
 
 clean:
-	rm -rf build $(VENV) dualkv-demo.html
+	rm -rf build $(VENV) $(ENGINES) dualkv-demo.html

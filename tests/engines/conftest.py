@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
     return {**kept, **SETTINGS, "PYTHONPATH": str(HERE / "programs")}
 
 
-class Failed(AssertionError):
+class ProgramFailedError(AssertionError):
     """A program ended badly; the message holds the end of its output."""
 
 
@@ -61,7 +61,7 @@ def run_program(tmp_path: pathlib.Path) -> Callable[..., Any]:
             check=False,
         )
         if ended.returncode != 0 or not result.exists():
-            raise Failed(
+            raise ProgramFailedError(
                 f"{name} in the environment of {engine} ended with {ended.returncode}:\n{ended.stdout[-6000:]}"
             )
         return json.loads(result.read_text(encoding="utf-8"))

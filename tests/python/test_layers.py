@@ -34,7 +34,9 @@ PYTHON = {
     "report": {"", "bench", "demo", "report"},
     "doctor": {"", "doctor"},
     "bench": {"", "bench"},
-    "cli": {"", "bench", "cli", "demo", "doctor", "report"},
+    "integrations": {"", "integrations"},
+    "proxy": {"", "proxy"},
+    "cli": {"", "bench", "cli", "demo", "doctor", "proxy", "report"},
 }
 
 
@@ -113,4 +115,4 @@ def test_importing_dualkv_is_light() -> None:
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     )
     assert "numpy" in loaded
-    assert not loaded & {"torch", "cupy", "matplotlib", "click", "rich", "pandas"}
+    assert not loaded & {"torch", "cupy", "matplotlib", "click", "rich", "pandas", "aiohttp", "vllm"}

@@ -66,6 +66,7 @@ class SaveOrder:
 class Orders(KVConnectorMetadata):
     """One step's."""
 
+    engine: str = ""  # that gave them
     loads: list[LoadOrder] = field(default_factory=list)
     publishes: list[PublishOrder] = field(default_factory=list)
     receives: list[ReceiveOrder] = field(default_factory=list)

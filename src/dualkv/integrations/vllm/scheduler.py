@@ -108,7 +108,8 @@ class SchedulerSide:
         ]
         self._requests: dict[str, _Tracked] = {}
         self._failed: dict[bytes, float] = {}  # keys that could not be read, and until when they are not advertised
-        self._orders = Orders()
+        self._missing: set[bytes] = set()  # those of them that are there again once they are saved
+        self._orders = Orders(options.name)
 
     # --- a request comes
 
@@ -228,7 +229,7 @@ class SchedulerSide:
             ids = list(tables.get_block_ids(name)[0]) if tables is not None else tracked.block_ids
             self._hand_over(tracked, tokens, ids)
             self._save(tracked, ids)
-        orders, self._orders = self._orders, Orders()
+        orders, self._orders = self._orders, Orders(self._options.name)
         return orders
 
     def _preempted(self, name: str) -> None:
@@ -262,6 +263,9 @@ class SchedulerSide:
         keys = [bytes(key) for key in request.block_hashes[:full]]
         parent = keys[saved - 1] if saved else b""
         self._orders.saves.append(SaveOrder(request.request_id, keys[saved:], ids[saved:full], parent))
+        for key in self._missing.intersection(keys[saved:]) if self._missing else ():
+            self._missing.discard(key)
+            self._failed.pop(key, None)
         tracked.saved = full
         tracked.owes = True
 
@@ -275,10 +279,14 @@ class SchedulerSide:
         until = time.monotonic() + self._options.forget_failed_s
         if len(self._failed) > _MOST_FAILED:
             self._failed.clear()
+            self._missing.clear()
         for name, key in failures.keys.items():
             tracked = self._requests.get(name)
             if key:
                 self._failed[key] = until
+                # A corrupt block was moved aside. Its successors are still stored: that hides the hole from a search.
+                if not all(store.contains(key) for store in self._stores):
+                    self._missing.add(key)
             if tracked is None:
                 continue
             if tracked.receiving:

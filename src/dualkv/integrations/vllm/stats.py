@@ -41,7 +41,8 @@ class DualKVStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Begins a new interval."""
-        self.data = {"counts": {}, _SECONDS: []}
+        data: dict[str, Any] = {"counts": {}, _SECONDS: []}
+        self.data = data
 
     def add(self, **counts: int) -> None:
         """Counts what has happened."""

@@ -142,6 +142,13 @@ class WorkerSide:
 
     def begin(self, orders: Orders) -> None:
         """Starts what the step needs, before the model runs: vLLM calls start_load_kv too late for hand-overs."""
+        if orders.engine != self._options.name:
+            # vLLM keeps one worker connector a process: these block ids are another cache's.
+            raise dualkv.Error(
+                f"orders of vLLM engine '{orders.engine}' came to the connector of '{self._options.name}': two engines "
+                "can't share a process; start each in its own",
+                "unsupported",
+            )
         for name in orders.cancelled:
             self._cancel(name)
         for order in orders.loads:
