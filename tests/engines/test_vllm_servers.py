@@ -158,9 +158,11 @@ def check_streams(cluster: Cluster, context: list[int]) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         post(cluster.proxy.url, "/v1/completions", {"model": "no such model", "prompt": "t1"})
     assert refused.value.code == 404
+    refused.value.close()
     with pytest.raises(urllib.error.HTTPError) as malformed:
         post(cluster.proxy.url, "/v1/completions", ["not", "an", "object"])  # type: ignore[arg-type]
     assert malformed.value.code == 400
+    malformed.value.close()
     # Malformed hints are ignored, whoever sends them.
     for hint in ({"dualkv": 7}, {"dualkv": {"load_id": -1}}, {"dualkv": {"node": "x"}}, {"other": 1}):
         assert complete(cluster.decode.url, context, TOKENS, kv_transfer_params=hint) == want
@@ -188,6 +190,8 @@ def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
         try:
             out.append(call())
         except (OSError, ProgramFailedError, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             out.append(error)
 
     thread = threading.Thread(target=run)

@@ -6,6 +6,14 @@ Named in ``--kv-transfer-config``::
      "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"store": "file:///mnt/kv"}}
 """
 
+import contextlib
+
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
 from dualkv.integrations.vllm.connector import DualKVConnector
+
+# By name as well: MultiConnector looks its children up for their statistics.
+with contextlib.suppress(ValueError):  # it is registered already
+    KVConnectorFactory.register_connector("DualKVConnector", __name__, "DualKVConnector")
 
 __all__ = ["DualKVConnector"]

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dualkv
@@ -85,7 +85,6 @@ class _Tracked:
     hand_over: HandOver | None = None  # a load is open under this id
     published: bool = False
     owes: bool = False  # the worker has work on this request's blocks, or had
-    block_ids: list[int] = field(default_factory=list)
 
 
 class SchedulerSide:
@@ -166,7 +165,6 @@ class SchedulerSide:
         """vLLM has room for the ``external`` tokens that matched_tokens() offered. Comes again when they are there."""
         tracked = self._tracked(request)
         ids = list(blocks.get_block_ids()[0])
-        tracked.block_ids = ids
         tracked.saved = max(tracked.saved, tracked.cached)  # by the request that computed them
         if external <= 0:
             return
@@ -220,15 +218,18 @@ class SchedulerSide:
         """What the worker does in this step."""
         for name in output.preempted_req_ids or ():
             self._preempted(name)
-        tables = output.kv_connector_block_state
         for name, tokens in output.num_scheduled_tokens.items():
             tracked = self._requests.get(name)
             if tracked is None:
                 continue
             tracked.loading = tracked.receiving = False
-            ids = list(tables.get_block_ids(name)[0]) if tables is not None else tracked.block_ids
-            self._hand_over(tracked, tokens, ids)
-            self._save(tracked, ids)
+            publishes = self._publishes(tracked, tokens)
+            full = self._full_blocks(tracked)
+            if publishes or full > tracked.saved:  # few steps do: a table of blocks is not looked up for nothing
+                ids = list(output.kv_connector_block_state.get_block_ids(name)[0])
+                if publishes:
+                    self._publish(tracked, ids)
+                self._save(tracked, min(full, len(ids)), ids)
         orders, self._orders = self._orders, Orders(self._options.name)
         return orders
 
@@ -239,27 +240,35 @@ class SchedulerSide:
             tracked.published = False
             tracked.matched = (0, 0)
 
-    def _hand_over(self, tracked: _Tracked, tokens: int, ids: list[int]) -> None:
-        request, asked = tracked.request, tracked.asked
-        if not asked.node or tracked.published or not self._may_hand_over(request):
-            return
+    def _publishes(self, tracked: _Tracked, tokens: int) -> bool:
+        """Whether this step computes the end of a prompt that is to be handed over. Opens the hand-over before."""
+        request = tracked.request
+        if not tracked.asked.node or tracked.published or not self._may_hand_over(request):
+            return False
         if tracked.hand_over is None:  # nothing was loaded, or what was has failed
             tracked.first = tracked.hit = 0
             self._load(tracked, [])
+        return bool(request.num_computed_tokens + tokens >= request.num_prompt_tokens)
+
+    def _publish(self, tracked: _Tracked, ids: list[int]) -> None:
         assert tracked.hand_over is not None
-        if request.num_computed_tokens + tokens < request.num_prompt_tokens:
-            return
-        self._orders.publishes.append(PublishOrder(request.request_id, ids[tracked.hit : tracked.hand_over.blocks]))
+        self._orders.publishes.append(
+            PublishOrder(tracked.request.request_id, ids[tracked.hit : tracked.hand_over.blocks])
+        )
         tracked.published = tracked.owes = True
 
-    def _save(self, tracked: _Tracked, ids: list[int]) -> None:
-        """Orders to save the blocks that were full before this step: whatever is in flight can't change them."""
+    def _full_blocks(self, tracked: _Tracked) -> int:
+        """Leading blocks that were full before this step: whatever is in flight can't change them."""
         request = tracked.request
+        if not self._options.save:
+            return 0
         done = (request.num_computed_tokens - request.num_in_flight_tokens) // self._block
-        full = min(done, len(request.block_hashes), len(ids))
-        if not self._options.save or full <= tracked.saved:
+        return int(min(done, len(request.block_hashes)))
+
+    def _save(self, tracked: _Tracked, full: int, ids: list[int]) -> None:
+        saved, request = tracked.saved, tracked.request
+        if full <= saved:
             return
-        saved = tracked.saved
         keys = [bytes(key) for key in request.block_hashes[:full]]
         parent = keys[saved - 1] if saved else b""
         self._orders.saves.append(SaveOrder(request.request_id, keys[saved:], ids[saved:full], parent))
@@ -309,7 +318,7 @@ class SchedulerSide:
         if tracked.loading:  # given up while its blocks are being written: vLLM waits for the load's end anyway
             self._orders.cancelled.append(request.request_id)
             return False, None
-        self._save(tracked, list(ids))
+        self._save(tracked, min(self._full_blocks(tracked), len(ids)), list(ids))
         params = None
         if tracked.hand_over is not None:
             tracked.owes = True
