@@ -69,10 +69,12 @@ $(ENGINES)/%/done: tests/engines/%.txt build/wheel/done
 	@touch $@
 
 test-vllm: $(VENV)/test.stamp engine-vllm
-	$(RUN)/python -m pytest tests/engines/test_vllm.py tests/engines/test_vllm_servers.py
+	$(RUN)/python -m pytest -n 2 tests/engines/test_vllm.py
+	$(RUN)/python -m pytest tests/engines/test_vllm_servers.py
 
 test-engines: $(VENV)/test.stamp engine-vllm engine-sglang engine-lmcache engine-transformers
-	$(RUN)/python -m pytest tests/engines
+	$(RUN)/python -m pytest -n 2 tests/engines --ignore tests/engines/test_vllm_servers.py
+	$(RUN)/python -m pytest tests/engines/test_vllm_servers.py
 
 # Each sanitizer is a build of its own; the first also measures coverage of the core. Counters of threaded code may
 # read negative (gcc bug 68080), which is no error of ours.

@@ -35,7 +35,8 @@ def python_of(engine: str) -> pathlib.Path:
 def environment() -> dict[str, str]:
     """Of the processes of engines: these programs are importable, nothing of the tests' own environment is."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return {**kept, **SETTINGS, "PYTHONPATH": str(HERE / "programs")}
+    path = [str(HERE / "programs"), *filter(None, [os.environ.get("DUALKV_ENGINE_PATH")])]
+    return {**kept, **SETTINGS, "PYTHONPATH": os.pathsep.join(path)}
 
 
 class ProgramFailedError(AssertionError):

@@ -223,20 +223,21 @@ def test_wrong_options_are_named(run_program: Run) -> None:
     assert "prefill_only" in policy
 
 
-def test_cost_of_a_step(run_program: Run, models: str, tmp_path: pathlib.Path, capsys: Any) -> None:
+@pytest.mark.parametrize("model", ["llama", "wide"])
+def test_cost_of_a_step(run_program: Run, models: str, tmp_path: pathlib.Path, capsys: Any, model: str) -> None:
     """Printed, for the record; what is asserted holds on any machine."""
     stored = _tokens(50, 600)
-    ask = {"model": "llama", "folder": models, "connector": connector(tmp_path), "steps": [{"generate": [stored]}]}
+    ask = {"model": model, "folder": models, "connector": connector(tmp_path), "steps": [{"generate": [stored]}]}
     run_program("vllm", "vllm_generate", ask)
-    slow = connector(tmp_path, store_options={"read_limit": "1MiB"})
+    slow = connector(tmp_path, store_options={"read_limit": {"llama": "1MiB", "wide": "16MiB"}[model]})
     result = run_program(
         "vllm",
         "vllm_overhead",
-        {"model": "llama", "folder": models, "connector": slow, "tokens": 200, "stored": stored},
+        {"model": model, "folder": models, "connector": slow, "tokens": 200, "stored": stored},
     )
     with capsys.disabled():
         print(
-            f"\nconnector: {result['connector_us']:.1f} us of a step of {result['step_us']:.0f} us "
+            f"\n{model}: connector: {result['connector_us']:.1f} us of a step of {result['step_us']:.0f} us "
             f"({100 * result['share']:.2f} %), 8 requests decoding, nothing hits; waiting for a load: "
             f"{result['idle']['connector_us']:.1f} us of {result['idle']['step_us']:.0f} us; {result['by_method']}"
         )

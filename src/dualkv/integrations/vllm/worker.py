@@ -218,6 +218,7 @@ class WorkerSide:
             layers_per_read=self._options.layers_per_read,
         )
         self._add_blocks(loading)
+        logger.debug("dualkv: %s: load %x: %s", order.request, loading.load.id, plan.reason)
 
     @staticmethod
     def _add_blocks(loading: _Loading) -> None:
