@@ -157,10 +157,22 @@ def hand_over_runs(asked: argparse.Namespace, model: str, folder: pathlib.Path) 
         os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
         decode = vllm_server(f"{name}-decode", model, folder, second, **server)
         with running(prefill, decode):
-            taken = [hand_over(prefill.url, decode.url, prompt, params[name]) for prompt in make_contexts(asked) * 2]
-            out[name] = taken[2:]  # the first ones connect
+            connect(prefill.url, decode.url, params[name])
+            out[name] = [
+                hand_over(prefill.url, decode.url, prompt, params[name]) for prompt in make_contexts(asked) * 2
+            ]
             say(f"{name}: {1e3 * statistics.median(out[name]):.1f} ms")
     return out
+
+
+def connect(prefill: str, decode: str, params: dict[str, Any]) -> None:
+    """The first hand-overs make connections, and may take longer than the servers allow."""
+    for attempt in range(5):
+        try:
+            hand_over(prefill, decode, [attempt] * 200, params)
+            return
+        except AssertionError as error:
+            say(f"not connected yet: {error}")
 
 
 def hand_over(prefill: str, decode: str, prompt: list[int], params: dict[str, Any]) -> float:
