@@ -53,6 +53,11 @@ class Shelf:
                 return self._chains[rng.randrange(newest)], False
             return self._chains[rng.randrange(newest, len(self._chains))], True
 
+    def owes(self, chain: Chain) -> bool:
+        """Whether it is among those that must be there."""
+        with self._lock:
+            return chain in self._chains[-self._owed :]
+
     def drop(self, chain: Chain) -> None:
         """It was evicted."""
         with self._lock, contextlib.suppress(ValueError):

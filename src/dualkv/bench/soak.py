@@ -121,7 +121,8 @@ class Reader:
         """Matches, loads and compares; whatever is missing is counted as lost or as evicted."""
         tally, asked = self._soak.tally, time.monotonic()
         hit = self._soak.node.store.match(chain.keys)
-        kept = owed or time.monotonic() < chain.used_at + self._soak.options.grace_s * _KEPT_SHARE
+        # It may have been owed when it was picked, and others saved since.
+        kept = (owed and self._soak.shelf.owes(chain)) or time.monotonic() < chain.used_at + self._soak.options.grace_s * _KEPT_SHARE
         if hit < CHAIN_BLOCKS:
             missing = CHAIN_BLOCKS - hit
             reason = f"blocks from {chain.first + hit}: matched {hit} of {CHAIN_BLOCKS}"

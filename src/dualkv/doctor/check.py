@@ -85,7 +85,11 @@ def scratch_directory(place: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+        except BaseException:  # interrupted in the middle of it
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
 
 
 def run_guarded(check: CheckFunction, context: Context, limit_s: float = LIMIT_S) -> None:
