@@ -87,6 +87,7 @@ py::dict to_dict(const StagingStats& stats);
 void register_values(py::module_& m);
 void register_storage(py::module_& m);
 void register_policy(py::module_& m);
+void register_scheduler(py::module_& m);
 void register_node(py::module_& m);
 void register_limits(py::module_& m);
 

@@ -6,6 +6,7 @@ PYBIND11_MODULE(_dualkv, m) {
   dualkv::bindings::register_values(m);
   dualkv::bindings::register_storage(m);
   dualkv::bindings::register_policy(m);
+  dualkv::bindings::register_scheduler(m);
   dualkv::bindings::register_node(m);
   dualkv::bindings::register_limits(m);
 }

@@ -265,16 +265,16 @@ void Scheduler::State::fetch_prefill(Group& group, Fetched& out) {
   const auto is_short = [&](const Engine& e) { return able(e) && e.node->queue() <= options.short_queue_tokens; };
   while (!waiting_prefill.empty()) {
     Engine* engine = least(group.engines, is_short, tokens);
-    const char* why = "its node's read queue is short";
+    std::string why = "its node's read queue is short; fewest tokens of such: ";
     if (engine == nullptr) {
       engine = least(group.engines, able, tokens);
-      why = "no read queue is short";
+      why = "no read queue is short; fewest tokens: ";
     }
     if (engine == nullptr) return;  // all are full
     Request& request = *waiting_prefill.begin()->second;
     waiting_prefill.erase(waiting_prefill.begin());
     request.prefill = engine;
-    assign(request, *engine, text(why, "; fewest tokens of such: ", engine->tokens()), out);
+    assign(request, *engine, why + std::to_string(engine->tokens()), out);
     waiting_decode[request.order] = &request;
   }
 }
@@ -332,10 +332,10 @@ void Scheduler::State::fetch_decode(Group& group, Fetched& out) {
     Engine* engine = least(group.engines, normal, [](const Engine& e) { return e.requests(); });
     std::string why;
     if (engine != nullptr) {
-      why = text("within ", options.even_slack, " of the mean; fewest requests of such: ", engine->requests());
+      why = "within reach of the mean; fewest requests of such: " + std::to_string(engine->requests());
     } else {
       engine = least(group.engines, fits, [](const Engine& e) { return e.tokens(); });
-      if (engine != nullptr) why = text("all are above the mean; fewest tokens: ", engine->tokens());
+      if (engine != nullptr) why = "all are above the mean; fewest tokens: " + std::to_string(engine->tokens());
     }
     const bool never = engine == nullptr && all_reported && request.tokens > capacity;
     if (engine == nullptr && !never) return;  // memory will be free
@@ -369,9 +369,9 @@ void Scheduler::State::place(Request& request, Fetched& out) {
   Engine& reader = there ? *request.decode : *request.prefill;
   const std::uint64_t number = ++reader.last_number;
   add_pending(reader, {number, request.id, 0, request.hit_tokens});
-  out.placements.push_back({request.id, request.prefill->name, request.decode->name,
-                            there ? Path::kDecode : Path::kPrefill, number,
-                            text("read queues in tokens: prefill ", prefill, ", decode ", decode)});
+  out.placements.push_back(
+      {request.id, request.prefill->name, request.decode->name, there ? Path::kDecode : Path::kPrefill, number,
+       "read queues in tokens: prefill " + std::to_string(prefill) + ", decode " + std::to_string(decode)});
 }
 
 void Scheduler::State::unassign(Request& request, Engine*& side) {

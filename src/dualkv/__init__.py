@@ -17,6 +17,7 @@ from dualkv.policy import (
     ShortestQueue,
     Split,
 )
+from dualkv.scheduler import EngineReport, Scheduler
 from dualkv.storage import StagingPool, Store
 from dualkv.timeline import chrome_trace
 from dualkv.waiting import Notifier, Operation
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DecodeOnly",
+    "EngineReport",
     "Error",
     "Grant",
     "Incoming",
@@ -42,6 +44,7 @@ __all__ = [
     "Plan",
     "PrefillOnly",
     "RoundRobin",
+    "Scheduler",
     "ShortestQueue",
     "Split",
     "StagingPool",

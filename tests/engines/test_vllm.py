@@ -135,9 +135,15 @@ def test_policy_fail_fails_the_request_and_nothing_else(
     assert tokens_of(result[4]) == tokens_of(expected[0])[:1], "the block is not advertised again"
 
 
-@pytest.mark.parametrize("load", ["async", "layerwise"])
 @pytest.mark.parametrize(
-    "faults", [{"error_rate": 1.0}, {"drop_rate": 1.0}, {"corrupt_rate": 1.0}], ids=["errors", "never", "corrupt"]
+    ("load", "faults"),
+    [
+        ("async", {"error_rate": 1.0}),
+        ("layerwise", {"error_rate": 1.0}),
+        ("async", {"drop_rate": 1.0}),
+        ("layerwise", {"corrupt_rate": 1.0}),
+    ],
+    ids=["async-errors", "layerwise-errors", "async-never", "layerwise-corrupt"],
 )
 def test_storage_that_lists_what_it_cannot_read(
     run: Run, expected: Any, stored: pathlib.Path, tmp_path: pathlib.Path, load: str, faults: dict[str, float]

@@ -84,6 +84,19 @@ def check_row(row: dict[str, Any]) -> None:
 # --- storage
 
 
+def test_policy() -> None:
+    (row,) = run_quick("policy")["rows"]
+    told = row["measures"]
+    assert row["engines"] == 64
+    assert told["requests"] >= 2000
+    assert told["us_per_request"] > 0
+    assert told["rss_last_mib"] < told["rss_first_mib"] * 2
+    assert len(row["curves"]["rss_mib"]) > 10
+    ran = bench("policy", "--engines", "20")
+    assert ran.returncode == 2
+    assert "--engines 20" in ran.stderr
+
+
 @pytest.mark.parametrize("way", ["--direct", "--no-direct"])
 def test_storage(tmp_path: Path, way: str) -> None:
     result = run_quick("storage", "--path", str(tmp_path), "--depth", "4,32", way)

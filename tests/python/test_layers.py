@@ -35,8 +35,9 @@ PYTHON = {
     "doctor": {"", "doctor"},
     "bench": {"", "bench"},
     "integrations": {"", "integrations"},
+    "planner": {"", "planner"},
     "proxy": {"", "proxy"},
-    "cli": {"", "bench", "cli", "demo", "doctor", "proxy", "report"},
+    "cli": {"", "bench", "cli", "demo", "doctor", "planner", "proxy", "report"},
 }
 
 

@@ -122,7 +122,8 @@ class Reader:
         tally, asked = self._soak.tally, time.monotonic()
         hit = self._soak.node.store.match(chain.keys)
         # It may have been owed when it was picked, and others saved since.
-        kept = (owed and self._soak.shelf.owes(chain)) or time.monotonic() < chain.used_at + self._soak.options.grace_s * _KEPT_SHARE
+        owed = owed and self._soak.shelf.owes(chain)
+        kept = owed or time.monotonic() < chain.used_at + self._soak.options.grace_s * _KEPT_SHARE
         if hit < CHAIN_BLOCKS:
             missing = CHAIN_BLOCKS - hit
             reason = f"blocks from {chain.first + hit}: matched {hit} of {CHAIN_BLOCKS}"

@@ -134,7 +134,21 @@ _SOAK_PROCESS = View(
     "after.",
 )
 
+_POLICY = View(
+    "what scheduling costs",
+    (
+        own("µs a\nrequest", "us_per_request", _two),
+        own("\nrequests", "requests", _whole),
+        own("waiting\nat the end", "waiting", _whole),
+        own("RSS MiB, a\nquarter in", "rss_first_mib", _two),
+        own("\nat the end", "rss_last_mib", _two),
+    ),
+    note="a request: submit, assignment to both engines, choice of the reading side, end; reports of every engine "
+    "with every fetch of its group.",
+)
+
 _OWN: dict[str, tuple[View, ...]] = {
+    "policy": (_POLICY,),
     "layers": (_LAYERS,),
     "register": (_REGISTER,),
     "async": (_ASYNC, _IDLE),

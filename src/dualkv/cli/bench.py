@@ -304,6 +304,18 @@ def async_(**options: Any) -> "Measurement":
     return functools.partial(run_async, AsyncOptions(**options))
 
 
+@bench.command(epilog="Example: dualkv bench policy --engines 1152 --requests 10000000")
+@measured(repeats=None, quick={"engines": 64, "requests": 2000})
+@click.option("--engines", type=click.IntRange(2, 1_000_000), default=1152, show_default=True)
+@click.option("--group", type=click.IntRange(1, 10_000), default=8, show_default=True, help="Engines of a group.")
+@click.option("--requests", type=click.IntRange(1), default=1_000_000, show_default=True)
+def policy(**options: Any) -> "Measurement":
+    """Schedule requests on many engines: microseconds each, and whether memory stays flat."""
+    from dualkv.bench.policy import PolicyOptions, run_policy
+
+    return functools.partial(run_policy, PolicyOptions(**options))
+
+
 @bench.command(epilog="Example: dualkv bench soak --path /mnt/kv --seconds 3600 --html soak.html")
 @measured(
     repeats=None,

@@ -8,6 +8,7 @@ import dualkv
 from dualkv.cli.bench import bench
 from dualkv.cli.demo import demo
 from dualkv.cli.doctor import doctor
+from dualkv.cli.plan import plan
 from dualkv.cli.proxy import proxy
 from dualkv.cli.store import store
 
@@ -29,6 +30,7 @@ def cli() -> None:
 cli.add_command(bench)
 cli.add_command(demo)
 cli.add_command(doctor)
+cli.add_command(plan)
 cli.add_command(proxy)
 cli.add_command(store)
 

@@ -55,7 +55,7 @@ def _cell(name: str, value: Any) -> str:
 def sentences(result: Plan) -> list[str]:
     """The range, what binds, and what would be better."""
     allowed, best = result.range, result.recommendation
-    ends = "lower end: {}, upper end: {}".format(", ".join(allowed.lower_links), ", ".join(allowed.upper_links))
+    ends = f"full at the ends: {_names(allowed.lower_links)}; {_names(allowed.upper_links)}"
     first = f"P/D may be from {allowed.lower:.3g} to {allowed.upper:.3g} ({ends})."
     if allowed.empty:
         first = f"No P/D keeps all links below capacity: {allowed.reason}."
@@ -64,6 +64,10 @@ def sentences(result: Plan) -> list[str]:
     if best.prefill is None:
         last = f"For {nodes} nodes: {best.reason}."
     return [first, result.why, last]
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return " and ".join(names)
 
 
 def write(result: Plan, path: str | os.PathLike[str]) -> None:
@@ -112,6 +116,9 @@ def _plot(result: Plan) -> str:
             axes.axvspan(result.range.lower, result.range.upper, color="#1f9e6e", alpha=0.12, label="in range")
         axes.set_xscale("log")
         axes.set_xlim(ratios[0], ratios[-1])
+        ticks = _ticks(ratios[0], ratios[-1])
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.minorticks_off()
         axes.set_ylim(0, 2)
         axes.set_xlabel("P/D")
         axes.set_ylabel("share of capacity")
@@ -126,3 +133,10 @@ def _ratios(result: Plan, ratio: float) -> list[float]:
         ends += [result.range.lower, result.range.upper]
     first, last = math.log(min(ends) / 2), math.log(max(ends) * 2)
     return [math.exp(first + (last - first) * i / (_POINTS - 1)) for i in range(_POINTS)]
+
+
+def _ticks(first: float, last: float) -> dict[float, str]:
+    """Powers of two between them, a dozen at most."""
+    powers = range(math.ceil(math.log2(first)), math.floor(math.log2(last)) + 1)
+    shown = powers[:: 1 + len(powers) // 12]
+    return {2.0**power: f"1/{2**-power}" if power < 0 else str(2**power) for power in shown}

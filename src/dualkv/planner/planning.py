@@ -1,4 +1,4 @@
-"""A plan: bytes and compute of a turn, turns per second on P prefill and D decode nodes, what binds, and a better P:D."""
+"""A plan: bytes and compute of a turn, turns per second on P and D nodes, what binds, and a better P:D."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -171,7 +171,7 @@ def recommend(node: Hardware, nodes: int, read_bytes: int, flops: int) -> Recomm
         raise invalid(f"{nodes} nodes: at least 2, a prefill and a decode node")
     allowed = feasible(node)
     if allowed.empty:
-        return Recommendation(None, None, f"no P:D will do: {allowed.reason}")
+        return Recommendation(None, None, "no P:D will do: slower storage NICs or faster compute NICs and DRAM would")
     fitting = [p for p in range(1, nodes) if allowed.contains(p / (nodes - p))]
     if not fitting:
         ends = f"from {allowed.lower:.3g} to {allowed.upper:.3g}"
@@ -199,7 +199,7 @@ def _what_binds(
     link = busiest(of)
     if link.share > 1 + 1e-9:
         allowed = feasible(node)
-        ends = allowed.reason or f"P/D must be from {allowed.lower:.3g} to {allowed.upper:.3g}"
+        ends = "no P/D avoids that" if allowed.empty else f"P/D must be from {allowed.lower:.3g} to {allowed.upper:.3g}"
         why = f"{link.name} binds: with all storage NICs full at P/D {ratio:.3g} it would carry {link.share:.0%}"
         return link.name, f"{why} of its capacity ({ends})."
     return "storage NICs", (

@@ -104,7 +104,7 @@ def _why_empty(node: Hardware, lower: float, upper: float, binding: tuple[str, .
         return f"{fixed[0].name} would need {fixed[0].share:.0%} of its capacity at any P/D"
     names = " and ".join(binding)
     if upper <= _CLOSE:
-        return f"{names} would be full, or more, with hardly any prefill node: the storage NICs are too fast for it"
+        return f"{names} would be full, or more, however few the prefill nodes are"
     if lower > upper * (1 + _CLOSE):
         return f"PE CNIC write needs P/D of at least {lower:.3g}, {names} at most {upper:.3g}"
     return ""
