@@ -344,13 +344,15 @@ class WorkerSide:
         """What nobody could read is computed instead; what lies before it is loaded again, if there is time."""
         order, load = loading.order, loading.load
         bad = load.failed_block if load is not None else None
-        known = bad is not None and bad < len(order.keys)
-        self._failures.keys[order.request] = order.keys[bad] if known and bad is not None else b""
+        if bad is not None and bad >= len(order.keys):
+            bad = None
+        # Where no block is to blame (a deadline), the first one is: nothing of this hit is to be looked for again soon.
+        self._failures.keys[order.request] = order.keys[bad or 0] if order.keys else b""
         logger.warning("dualkv: %s: %s", order.request, error)
         if load is not None:
             self._record(loading)
         loading.hand_over = loading.load = None
-        shorter = bad if known and bad and error.code in _SHORTER_HIT_HELPS and not order.layerwise else 0
+        shorter = bad if bad and error.code in _SHORTER_HIT_HELPS and not order.layerwise else 0
         loading.invalid += order.block_ids[shorter : len(order.keys)]
         if not shorter:
             loading.ended = True
