@@ -110,6 +110,7 @@ def test_sessions_over_two_servers(
         check_metrics(cluster, len(SESSIONS) * len(SESSIONS[0]))
         check_streams(cluster, contexts[0])
         if model == "llama":
+            check_phantom_hand_over(cluster, contexts[1])
             check_noise(cluster, contexts[1])
             check_dead_decode_server(cluster, contexts[1])
             check_dead_prefill_server(cluster, contexts[1])
@@ -166,6 +167,20 @@ def check_streams(cluster: Cluster, context: list[int]) -> None:
     # Malformed hints are ignored, whoever sends them.
     for hint in ({"dualkv": 7}, {"dualkv": {"load_id": -1}}, {"dualkv": {"node": "x"}}, {"other": 1}):
         assert complete(cluster.decode.url, context, TOKENS, kv_transfer_params=hint) == want
+
+
+def check_phantom_hand_over(cluster: Cluster, context: list[int]) -> None:
+    """A hand-over that nobody makes, asked for twice: the deadline (10 s) or a refusal ends the wait; tokens are right."""
+    want = complete(cluster.decode.url, context, TOKENS)
+    hint = {"dualkv": {"load_id": 4711, "blocks": -(-len(context) // 32), "first": 0, "hit": 0}}
+    asked = [
+        in_background(lambda: complete(cluster.decode.url, context, TOKENS, kv_transfer_params=hint)) for _ in range(2)
+    ]
+    for thread, answer in asked:
+        thread.join(60)
+        assert answer == [want]
+    failed = cluster.decode.metrics()["vllm:dualkv_hand_overs_total/receive_failed"]
+    assert failed == 2
 
 
 def check_noise(cluster: Cluster, context: list[int]) -> None:

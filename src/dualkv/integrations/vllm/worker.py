@@ -149,8 +149,6 @@ class WorkerSide:
                 "can't share a process; start each in its own",
                 "unsupported",
             )
-        for name in orders.cancelled:
-            self._cancel(name)
         for order in orders.loads:
             self._loads[order.request] = self._start(order)
         self._layerwise = [self._loads[o.request] for o in orders.loads if o.layerwise and o.keys]
@@ -159,11 +157,11 @@ class WorkerSide:
             loading = self._loads.get(publish.request)
             if loading is not None and loading.hand_over is not None:
                 loading.more_blocks = publish.block_ids
-                self._add_blocks(loading)
                 self._publishing.append(loading)
         for receive in orders.receives:
-            incoming = self._node.incoming(receive.load_id, self._options.deadline_s)
-            self._receiving[receive.request] = (receive, incoming, None)
+            self._receive(receive)
+        for name in orders.cancelled:
+            self._cancel(name)
         for save in orders.saves:
             self._saves.setdefault(save.request, []).append(self._saver.submit(self._save, save))
         self._finishing.update(orders.finishing)
@@ -217,14 +215,7 @@ class WorkerSide:
             deadline_s=max(0.001, loading.deadline - time.monotonic()),
             layers_per_read=self._options.layers_per_read,
         )
-        self._add_blocks(loading)
         logger.debug("dualkv: %s: load %x: %s", order.request, loading.load.id, plan.reason)
-
-    @staticmethod
-    def _add_blocks(loading: _Loading) -> None:
-        if loading.load is not None and loading.hand_over is not None and loading.more_blocks:
-            loading.load.add_blocks(loading.more_blocks)
-            loading.more_blocks = []
 
     # --- a layer
 
@@ -265,16 +256,18 @@ class WorkerSide:
             if loading.ended:
                 loading.unpublished.clear()
             return
-        for layer in sorted(loading.unpublished):
-            if not load.ended(layer):
-                continue
-            loading.unpublished.discard(layer)
-            try:
-                load.publish(layer)
-            except dualkv.Error as error:
-                logger.warning("dualkv: %s: layer %d was not handed over: %s", loading.order.request, layer, error)
-                loading.unpublished.clear()
-                return
+        try:
+            if loading.more_blocks:
+                load.add_blocks(loading.more_blocks)
+                loading.more_blocks = []
+            for layer in sorted(loading.unpublished):
+                if load.ended(layer):
+                    load.publish(layer)
+                    loading.unpublished.discard(layer)
+        except dualkv.Error as error:  # the load says so too, when it ends
+            logger.warning("dualkv: %s is not handed over: %s", loading.order.request, error)
+            loading.unpublished.clear()
+            load.cancel()
 
     # --- a step ends
 
@@ -390,6 +383,20 @@ class WorkerSide:
 
     # --- hand-overs to this server
 
+    def _receive(self, order: ReceiveOrder) -> None:
+        try:
+            incoming = self._node.incoming(order.load_id, self._options.deadline_s)
+            self._receiving[order.request] = (order, incoming, None)
+        except dualkv.Error as error:  # claimed before: somebody sent the same request twice
+            self._not_received(order, error)
+
+    def _not_received(self, order: ReceiveOrder, error: BaseException) -> None:
+        logger.warning("dualkv: %s: the prompt did not arrive: %s", order.request, error)
+        self._stats.add(received_failed=1)
+        self._failures.keys[order.request] = b""
+        self._invalid.update(order.block_ids)
+        self._received.add(order.request)
+
     def _poll_receiving(self) -> None:
         for name, (order, incoming, copy) in list(self._receiving.items()):
             if copy is None:
@@ -400,13 +407,12 @@ class WorkerSide:
             if not copy.done():
                 continue
             del self._receiving[name]
-            self._received.add(name)
             error = copy.exception()
-            self._stats.add(received=int(error is None), received_failed=int(error is not None))
             if error is not None:
-                logger.warning("dualkv: %s: the prompt did not arrive: %s", name, error)
-                self._failures.keys[name] = b""
-                self._invalid.update(order.block_ids)
+                self._not_received(order, error)
+                continue
+            self._received.add(name)
+            self._stats.add(received=1)
 
     def _copy(self, order: ReceiveOrder, incoming: dualkv.Incoming) -> None:
         assert self._kv is not None
