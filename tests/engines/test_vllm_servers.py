@@ -170,7 +170,7 @@ def check_streams(cluster: Cluster, context: list[int]) -> None:
 
 
 def check_phantom_hand_over(cluster: Cluster, context: list[int]) -> None:
-    """A hand-over that nobody makes, asked for twice: the deadline (10 s) or a refusal ends the wait; tokens are right."""
+    """A hand-over that nobody makes, asked for twice: a deadline or a refusal ends the wait, and tokens are right."""
     want = complete(cluster.decode.url, context, TOKENS)
     hint = {"dualkv": {"load_id": 4711, "blocks": -(-len(context) // 32), "first": 0, "hit": 0}}
     asked = [
