@@ -63,10 +63,10 @@ build/wheel/done: $(sources) | system-demo $(VENV)/bin/python
 .PRECIOUS: $(ENGINES)/%/done
 engine-%: $(ENGINES)/%/done ;
 $(ENGINES)/%/done: tests/engines/%.txt build/wheel/done
-	test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*
-	$(ENGINES)/$*/bin/pip install -q --no-deps -r tests/engines/$*.txt
-	$(ENGINES)/$*/bin/pip install -q --no-deps --force-reinstall build/wheel/*.whl
-	@touch $@
+	(test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*) && \
+	  $(ENGINES)/$*/bin/pip install -q --no-deps -r tests/engines/$*.txt && \
+	  $(ENGINES)/$*/bin/pip install -q --no-deps --force-reinstall build/wheel/*.whl && touch $@ || \
+	  (test -z "$(CI)" && echo "no environment of $*: its tests will be skipped")
 
 test-vllm: $(VENV)/test.stamp engine-vllm
 	$(RUN)/python -m pytest -n 2 tests/engines/test_vllm.py
