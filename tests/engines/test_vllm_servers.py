@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import ProgramFailedError, python_of
-from servers import Process, complete, connector, free_port, post, router, running, stream, vllm_server
+from servers import Process, complete, connector, free_port, post, router, stream, vllm_server
 
 TOKENS = 10
 
@@ -41,7 +41,7 @@ class Cluster:
         self.store = folder / "kv"
         self.store.mkdir()
         self.address = f"tcp://127.0.0.1:{free_port()}"
-        self.started = 0
+        self.servers: list[Process] = []
         # vLLM's own cache would have it all: here every turn comes from storage.
         self.options: dict[str, Any] = {"no-enable-prefix-caching": True}
         self.prefill = self.start_prefill()
@@ -49,17 +49,24 @@ class Cluster:
         self.proxy = router(folder, [self.prefill.url], [f"{self.decode.url}=decode-0@{self.address}"])
 
     def start_prefill(self, port: int = 0) -> Process:
-        self.started += 1
-        config = connector(self.store, name=f"prefill-{self.started}", deadline_s=10)
-        return vllm_server(f"prefill-{self.started}", self.model, self.folder, config, port, **self.options)
+        name = f"prefill-{len(self.servers)}"
+        config = connector(self.store, name=name, deadline_s=10)
+        return self.start(name, config, port)
 
     def start_decode(self, port: int = 0) -> Process:
-        self.started += 1
         config = connector(self.store, name="decode-0", listen=self.address, deadline_s=10)
-        return vllm_server(f"decode-{self.started}", self.model, self.folder, config, port, **self.options)
+        return self.start(f"decode-{len(self.servers)}", config, port)
 
-    def processes(self) -> list[Process]:
-        return [self.prefill, self.decode, self.proxy]
+    def start(self, name: str, config: dict[str, Any], port: int) -> Process:
+        self.servers.append(vllm_server(name, self.model, self.folder, config, port, **self.options))
+        return self.servers[-1]
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*self.servers, self.proxy]:
+            process.kill()
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen"])
@@ -89,8 +96,9 @@ def test_sessions_over_two_servers(
     run_program: Callable[..., Any], folder: pathlib.Path, made: str, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = expected_turns(run_program, folder, model)
-    cluster = Cluster(made, folder)
-    with running(*cluster.processes()):
+    with Cluster(made, folder) as cluster:
+        for process in (cluster.prefill, cluster.decode, cluster.proxy):
+            process.wait_until_up()
         contexts: list[list[int]] = [[] for _ in SESSIONS]
         for turn in range(len(SESSIONS[0])):
             threads_answers: dict[int, list[int]] = {}
