@@ -74,16 +74,6 @@ class Process:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def stop(self) -> int:
-        """As an operator would."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
-        code = self.process.poll()
-        self.kill()
-        return -1 if code is None else code
-
     def metrics(self) -> dict[str, float]:
         """``name{kind}`` -> value, of its Prometheus endpoint."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:

@@ -93,7 +93,7 @@ def expected_turns(run_program: Callable[..., Any], folder: pathlib.Path, model:
 
 
 def test_sessions_over_two_servers(
-    run_program: Callable[..., Any], folder: pathlib.Path, made: str, model: str, capsys: pytest.CaptureFixture[str]
+    run_program: Callable[..., Any], folder: pathlib.Path, made: str, model: str
 ) -> None:
     expected = expected_turns(run_program, folder, model)
     with Cluster(made, folder) as cluster:

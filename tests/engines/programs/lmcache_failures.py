@@ -4,7 +4,8 @@ import asyncio
 import time
 
 from lmcache.v1.storage_backend.connector import CreateConnector
-from lmcache_parts import ARGUMENTS, Engine, code_of, finish, key_of
+from lmcache_parts import ARGUMENTS, Engine, finish, key_of
+from outcome import code_of
 
 from dualkv.integrations.lmcache import DualKVAdapter
 

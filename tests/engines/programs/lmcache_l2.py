@@ -13,7 +13,8 @@ from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.platform import consume_fd
-from lmcache_parts import ARGUMENTS, code_of, content, finish
+from lmcache_parts import ARGUMENTS, content, finish
+from outcome import code_of
 
 SHAPE = (2, 4, 16, 64)
 LAYOUT = {0: MemoryLayoutDesc(shapes=[torch.Size(SHAPE)], dtypes=[torch.float32])}

@@ -14,8 +14,6 @@ from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 
-import dualkv
-
 ARGUMENTS = json.loads(sys.argv[1])
 CHUNK = 16
 
@@ -97,15 +95,6 @@ class Engine:
     def close(self):
         self.backend.close()
         self.loop.stop()
-
-
-def code_of(call, *arguments, **options):
-    """The code and the message of the Error that a call raises; None if it raises none."""
-    try:
-        call(*arguments, **options)
-    except dualkv.Error as error:
-        return [error.code, error.message]
-    return None
 
 
 def finish(result):

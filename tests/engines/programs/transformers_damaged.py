@@ -1,6 +1,7 @@
 """One process, a store with a damaged block: what each way of loading does, and what the tokens are."""
 
-from transformers_model import ARGUMENTS, cache_of, code_of, finish, generate, open_node, prompt, tiny_model
+from outcome import code_of
+from transformers_model import ARGUMENTS, cache_of, finish, generate, open_node, prompt, tiny_model
 
 import dualkv
 

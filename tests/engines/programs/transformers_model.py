@@ -57,15 +57,6 @@ def cache_of(model, ids, node, **options):
     return DualKVCache(model.config, ids, node=node, dtype=model.dtype, **options)
 
 
-def code_of(call, *arguments, **options):
-    """The code and the message of the Error that a call raises; None if it raises none."""
-    try:
-        call(*arguments, **options)
-    except dualkv.Error as error:
-        return [error.code, error.message]
-    return None
-
-
 def finish(result):
     with open(os.environ["RESULT"], "w", encoding="utf-8") as file:
         json.dump(result, file)

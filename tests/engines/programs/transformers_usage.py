@@ -2,11 +2,11 @@
 
 import torch
 import transformers
+from outcome import code_of
 from transformers_model import (
     ARGUMENTS,
     BLOCK,
     cache_of,
-    code_of,
     finish,
     generate,
     geometry_of,

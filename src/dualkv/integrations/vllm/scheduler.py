@@ -164,10 +164,10 @@ class SchedulerSide:
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", external: int) -> None:
         """vLLM has room for the ``external`` tokens that matched_tokens() offered. Comes again when they are there."""
         tracked = self._tracked(request)
-        ids = list(blocks.get_block_ids()[0])
         tracked.saved = max(tracked.saved, tracked.cached)  # by the request that computed them
         if external <= 0:
             return
+        ids = list(blocks.get_block_ids()[0])
         if self._arriving(tracked):
             self._receive(tracked, ids, external)
         else:
@@ -269,10 +269,10 @@ class SchedulerSide:
         saved, request = tracked.saved, tracked.request
         if full <= saved:
             return
-        keys = [bytes(key) for key in request.block_hashes[:full]]
-        parent = keys[saved - 1] if saved else b""
-        self._orders.saves.append(SaveOrder(request.request_id, keys[saved:], ids[saved:full], parent))
-        for key in self._missing.intersection(keys[saved:]) if self._missing else ():
+        keys = [bytes(key) for key in request.block_hashes[saved:full]]
+        parent = bytes(request.block_hashes[saved - 1]) if saved else b""
+        self._orders.saves.append(SaveOrder(request.request_id, keys, ids[saved:full], parent))
+        for key in self._missing.intersection(keys):
             self._missing.discard(key)
             self._failed.pop(key, None)
         tracked.saved = full

@@ -126,11 +126,6 @@ class WorkerSide:
             raise dualkv.Error(f"vLLM registered no KV cache for {', '.join(missing[:3])}", "unsupported")
         self._kv = dualkv.PagedKv(self._geometry, [_planes(kv_caches[name], num_blocks) for name in self._layer_of])
 
-    @property
-    def addresses(self) -> list[str]:
-        """Where the node listens."""
-        return self._node.addresses
-
     # --- a step begins
 
     def before_overwriting(self, orders: Orders) -> None:
