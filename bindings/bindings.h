@@ -90,5 +90,6 @@ void register_policy(py::module_& m);
 void register_scheduler(py::module_& m);
 void register_node(py::module_& m);
 void register_limits(py::module_& m);
+void register_sim(py::module_& m);
 
 }  // namespace dualkv::bindings

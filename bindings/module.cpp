@@ -9,4 +9,5 @@ PYBIND11_MODULE(_dualkv, m) {
   dualkv::bindings::register_scheduler(m);
   dualkv::bindings::register_node(m);
   dualkv::bindings::register_limits(m);
+  dualkv::bindings::register_sim(m);
 }

@@ -43,7 +43,8 @@ void register_policy(py::module_& m) {
   py::class_<NodeView>(m, "NodeView")
       .def(py::init([](std::string name, std::uint64_t block_bytes, std::uint32_t tokens_per_block,
                        std::uint64_t read_queue_bytes, std::uint64_t read_bandwidth, std::uint64_t link_bandwidth,
-                       std::uint32_t free_slots) {
+                       std::pair<std::uint64_t, std::uint64_t> lane_bytes, std::uint32_t free_slots,
+                       std::uint32_t prompt_slots, std::optional<double> compute_queue_s) {
              NodeView view;
              view.name = std::move(name);
              view.block_bytes = block_bytes;
@@ -51,12 +52,17 @@ void register_policy(py::module_& m) {
              view.read_queue_bytes = read_queue_bytes;
              view.read_bandwidth = read_bandwidth;
              view.link_bandwidth = link_bandwidth;
+             view.lane_bytes[0] = lane_bytes.first;
+             view.lane_bytes[1] = lane_bytes.second;
              view.free_slots = free_slots;
+             view.prompt_slots = prompt_slots;
+             view.compute_queue_s = compute_queue_s;
              return view;
            }),
            py::kw_only(), py::arg("name"), py::arg("block_bytes") = 0, py::arg("tokens_per_block") = 0,
            py::arg("read_queue_bytes") = 0, py::arg("read_bandwidth") = 0, py::arg("link_bandwidth") = 0,
-           py::arg("free_slots") = 0)
+           py::arg("lane_bytes") = std::pair<std::uint64_t, std::uint64_t>{0, 0}, py::arg("free_slots") = 0,
+           py::arg("prompt_slots") = 0, py::arg("compute_queue_s") = py::none())
       .def_readonly("name", &NodeView::name)
       .def_readonly("block_bytes", &NodeView::block_bytes)
       .def_readonly("tokens_per_block", &NodeView::tokens_per_block)
@@ -66,6 +72,7 @@ void register_policy(py::module_& m) {
       .def_readonly("link_bandwidth", &NodeView::link_bandwidth)
       .def_readonly("free_slots", &NodeView::free_slots)
       .def_readonly("prompt_slots", &NodeView::prompt_slots)
+      .def_readonly("compute_queue_s", &NodeView::compute_queue_s)
       .def_property_readonly("lane_bytes",
                              [](const NodeView& v) { return py::make_tuple(v.lane_bytes[0], v.lane_bytes[1]); });
 
@@ -83,20 +90,22 @@ void register_policy(py::module_& m) {
 
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::vector<py::bytes>& keys, std::vector<PathRange> ranges, std::string prefill,
-                       std::string decode, std::vector<std::string> helpers, std::string reason) {
-             Plan plan{to_keys(keys),     std::move(ranges),  std::move(prefill),
-                       std::move(decode), std::move(helpers), std::move(reason)};
+                       std::string decode, std::vector<std::string> helpers, std::string reason,
+                       std::uint32_t recompute_blocks) {
+             Plan plan{to_keys(keys),      std::move(ranges), std::move(prefill), std::move(decode),
+                       std::move(helpers), std::move(reason), recompute_blocks};
              check_plan(plan);
              return plan;
            }),
            py::kw_only(), py::arg("keys"), py::arg("ranges"), py::arg("prefill") = "", py::arg("decode") = "",
-           py::arg("helpers") = std::vector<std::string>(), py::arg("reason") = "")
+           py::arg("helpers") = std::vector<std::string>(), py::arg("reason") = "", py::arg("recompute_blocks") = 0)
       .def_property_readonly("keys", [](const Plan& p) { return to_bytes(p.keys); })
       .def_readonly("ranges", &Plan::ranges)
       .def_readonly("prefill", &Plan::prefill)
       .def_readonly("decode", &Plan::decode)
       .def_readonly("helpers", &Plan::helpers)
-      .def_readonly("reason", &Plan::reason);
+      .def_readonly("reason", &Plan::reason)
+      .def_readonly("recompute_blocks", &Plan::recompute_blocks);
 
   py::class_<PathPolicy, PyPolicy, py::smart_holder>(m, "PathPolicy")
       .def(py::init<>())
@@ -106,8 +115,14 @@ void register_policy(py::module_& m) {
   register_policy_class<PrefillOnly>(m, "PrefillOnly");
   register_policy_class<DecodeOnly>(m, "DecodeOnly");
   register_policy_class<RoundRobin>(m, "RoundRobin");
-  register_policy_class<ShortestQueue>(m, "ShortestQueue");
-  register_policy_class<Split>(m, "Split");
+  py::class_<ShortestQueue, PathPolicy, py::smart_holder>(m, "ShortestQueue")
+      .def(py::init<double>(), py::kw_only(), py::arg("margin") = 0.1);
+  py::class_<Split, PathPolicy, py::smart_holder>(m, "Split")
+      .def(py::init<std::uint32_t, std::uint32_t>(), py::kw_only(), py::arg("max_sides") = 4,
+           py::arg("helper_blocks") = 4);
+  py::class_<Recompute, PathPolicy, py::smart_holder>(m, "Recompute")
+      .def(py::init<std::shared_ptr<PathPolicy>, double>(), py::arg("inner"), py::kw_only(), py::arg("margin") = 0.1)
+      .def("observe", &Recompute::observe, py::arg("cached"), py::arg("tokens"), py::arg("seconds"));
 }
 
 }  // namespace dualkv::bindings

@@ -87,7 +87,8 @@ void register_scheduler(py::module_& m) {
       .def("stats", [](const Scheduler& s) { return to_dict(s.stats()); });
 
   py::class_<AttentionModel>(m, "AttentionModel")
-      .def(py::init<double, double>(), py::arg("base_s"), py::arg("s_per_operation"))
+      .def(py::init<double, double, double>(), py::arg("base_s"), py::arg("s_per_operation"),
+           py::arg("s_per_context") = 0.0)
       .def_static(
           "fit",
           [](const Batches& batches, const std::vector<double>& seconds) {
@@ -99,11 +100,10 @@ void register_scheduler(py::module_& m) {
           py::arg("batches"), py::arg("seconds"))
       .def_property_readonly("base_s", &AttentionModel::base_s)
       .def_property_readonly("s_per_operation", &AttentionModel::s_per_operation)
+      .def_property_readonly("s_per_context", &AttentionModel::s_per_context)
       .def("seconds",
            [](const AttentionModel& model, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& batch) {
-             double operations = 0;
-             for (const Prefill& one : to_prefills(batch)) operations += AttentionModel::operations(one);
-             return model.seconds(operations);
+             return model.seconds(to_prefills(batch));
            });
 
   m.def("select_batch",

@@ -1,10 +1,8 @@
 // Batches of a prefill engine by attention time (paper 6.2).
-#include <algorithm>
-#include <cmath>
-
 #include "base/text.h"
 #include "dualkv/scheduler.h"
 #include "dualkv/status.h"
+#include "policy/least_squares.h"
 
 namespace dualkv {
 
@@ -13,44 +11,43 @@ double AttentionModel::operations(const Prefill& prefill) {
   return tokens * (static_cast<double>(prefill.cached) + tokens / 2);
 }
 
+double AttentionModel::seconds(std::span<const Prefill> batch) const {
+  double sum = base_s_;
+  for (const Prefill& prefill : batch) sum += cost_s(prefill);
+  return sum;
+}
+
 AttentionModel::AttentionModel(std::span<const std::vector<Prefill>> batches, std::span<const double> seconds) {
   if (batches.size() != seconds.size() || batches.size() < 2) {
     throw Error(Code::kInvalidArgument, text("attention model: ", batches.size(), " batches and ", seconds.size(),
                                              " times; at least two of each are needed"));
   }
-  const auto count = static_cast<double>(batches.size());
-  std::vector<double> work;
-  double mean_work = 0, mean_seconds = 0;
+  LeastSquares samples;
   for (std::size_t i = 0; i < batches.size(); ++i) {
-    double sum = 0;
-    for (const Prefill& prefill : batches[i]) sum += operations(prefill);
-    work.push_back(sum);
-    mean_work += sum / count;
-    mean_seconds += seconds[i] / count;
+    double work = 0, context = 0;
+    for (const Prefill& prefill : batches[i]) {
+      work += operations(prefill);
+      context += static_cast<double>(prefill.cached) + static_cast<double>(prefill.tokens);
+    }
+    samples.add(work, context, seconds[i]);
   }
-  double covariance = 0, variance = 0;
-  for (std::size_t i = 0; i < work.size(); ++i) {
-    covariance += (work[i] - mean_work) * (seconds[i] - mean_seconds);
-    variance += (work[i] - mean_work) * (work[i] - mean_work);
-  }
-  if (!(variance > 0) || !std::isfinite(covariance)) {
+  LeastSquares::Fit fit;
+  if (!samples.solve(fit)) {
     throw Error(Code::kInvalidArgument, "attention model: all batches have the same work; measure different ones");
   }
-  // Neither more work nor a batch at all can cost less than nothing; noise may say so.
-  s_per_operation_ = std::max(0.0, covariance / variance);
-  base_s_ = std::max(0.0, mean_seconds - s_per_operation_ * mean_work);
+  base_s_ = fit.base;
+  s_per_operation_ = fit.first;
+  s_per_context_ = fit.second;
 }
 
 std::vector<std::uint64_t> select_batch(const AttentionModel& model, std::span<const Prefill> waiting, double quota_s) {
   std::vector<std::uint64_t> chosen;
-  double work = 0;
+  double used = model.base_s();
   for (const Prefill& prefill : waiting) {
-    const auto fits = [&](std::uint64_t tokens) {
-      return model.seconds(work + AttentionModel::operations({prefill.cached, tokens})) <= quota_s;
-    };
+    const auto fits = [&](std::uint64_t tokens) { return used + model.cost_s({prefill.cached, tokens}) <= quota_s; };
     if (fits(prefill.tokens)) {
       chosen.push_back(prefill.tokens);
-      work += AttentionModel::operations(prefill);
+      used += model.cost_s(prefill);
       continue;
     }
     std::uint64_t most = 0, beyond = prefill.tokens;  // most fits, beyond does not

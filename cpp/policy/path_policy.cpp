@@ -6,82 +6,29 @@
 #include "base/text.h"
 #include "dualkv/policy.h"
 #include "dualkv/status.h"
+#include "policy/sides.h"
 
 namespace dualkv {
 
 namespace {
 
-struct Side {
-  const NodeView* view;
-  Path path;
-};
-
-// Prefill first, then decode, then helpers: the order blocks are given out in.
-std::vector<Side> sides_of(const PlanRequest& request) {
-  std::vector<Side> sides{{&request.prefill, Path::kPrefill}};
-  if (request.decode) sides.push_back({&*request.decode, Path::kDecode});
-  for (const NodeView& helper : request.helpers) sides.push_back({&helper, Path::kHelper});
-  return sides;
-}
-
-Plan empty_plan(const PlanRequest& request) {
-  Plan plan;
-  plan.keys = request.keys;
-  plan.prefill = request.prefill.name;
-  if (request.decode) plan.decode = request.decode->name;
-  for (const NodeView& helper : request.helpers) plan.helpers.push_back(helper.name);
-  return plan;
-}
-
-Plan whole(const PlanRequest& request, const Side& side, std::string reason) {
-  Plan plan = empty_plan(request);
+Plan whole(const PlanRequest& request, const NodeView& view, Path path, std::string reason) {
+  Plan plan = unread_plan(request);
   const auto count = static_cast<std::uint32_t>(request.keys.size());
-  if (count > 0) plan.ranges.push_back({side.view->name, side.path, 0, count});
+  if (count > 0) plan.ranges.push_back({view.name, path, 0, count});
   plan.reason = std::move(reason);
   return plan;
 }
 
 std::string mib(std::uint64_t bytes) { return text(bytes >> 20, " MiB"); }
 
-// Measured rates where there are some. A side not measured yet is taken to be as fast as the others on average; with
-// no measurement at all, all are equal, and only their ratios matter.
-std::vector<double> rates_of(const std::vector<Side>& sides) {
-  double sum = 0;
-  int measured = 0;
-  for (const Side& side : sides) {
-    if (side.view->read_bandwidth == 0) continue;
-    sum += static_cast<double>(side.view->read_bandwidth);
-    ++measured;
-  }
-  const double guess = measured > 0 ? sum / measured : 1;
-  std::vector<double> rates;
-  for (const Side& side : sides) {
-    double rate = side.view->read_bandwidth > 0 ? static_cast<double>(side.view->read_bandwidth) : guess;
-    // A relayed byte also crosses the link; the slower of the two counts.
-    const double link = static_cast<double>(side.view->link_bandwidth);
-    if (side.path != Path::kPrefill && link > 0) rate = std::min(rate, std::max(link, rate / 16));
-    rates.push_back(rate);
-  }
-  return rates;
+double hit_bytes(const PlanRequest& request) {
+  return static_cast<double>(request.keys.size()) *
+         static_cast<double>(std::max<std::uint64_t>(request.prefill.block_bytes, 1));
 }
 
-// Blocks for each side so that all that read anything finish at one time T: x_i = rate_i * T - queue_i, for the
-// smallest set of sides with x_i > 0 (water-filling over the times at which the queues run dry).
-std::vector<double> level(const std::vector<double>& queues, const std::vector<double>& rates, double total) {
-  std::vector<std::size_t> order(queues.size());
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  std::sort(order.begin(), order.end(),
-            [&](std::size_t a, std::size_t b) { return queues[a] / rates[a] < queues[b] / rates[b]; });
-  double rate_sum = 0, queue_sum = 0, finish = 0;
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    rate_sum += rates[order[i]];
-    queue_sum += queues[order[i]];
-    finish = (total + queue_sum) / rate_sum;
-    if (i + 1 == order.size() || finish <= queues[order[i + 1]] / rates[order[i + 1]]) break;
-  }
-  std::vector<double> shares;
-  for (std::size_t i = 0; i < queues.size(); ++i) shares.push_back(std::max(0.0, rates[i] * finish - queues[i]));
-  return shares;
+void require(bool fine, const std::string& what) {
+  if (!fine) throw Error(Code::kInvalidArgument, what);
 }
 
 // Whole blocks that add up to `count`: floors, then the largest remainders.
@@ -113,51 +60,90 @@ std::string_view to_string(Path path) {
 }
 
 Plan PrefillOnly::plan(const PlanRequest& request) {
-  return whole(request, {&request.prefill, Path::kPrefill}, "prefill_only: the prefill node reads everything");
+  return whole(request, request.prefill, Path::kPrefill, "prefill_only: the prefill node reads everything");
 }
 
 Plan DecodeOnly::plan(const PlanRequest& request) {
-  if (!request.decode) throw Error(Code::kInvalidArgument, "decode_only: the request has no decode node");
-  return whole(request, {&*request.decode, Path::kDecode}, "decode_only: the decode node reads everything");
+  require(request.decode.has_value(), "decode_only: the request has no decode node");
+  return whole(request, *request.decode, Path::kDecode, "decode_only: the decode node reads everything");
 }
 
 Plan RoundRobin::plan(const PlanRequest& request) {
   const std::vector<Side> sides = sides_of(request);
-  const Side& side = sides[turn_++ % sides.size()];
-  return whole(request, side, text("round_robin: it is the turn of '", side.view->name, "'"));
+  if (credit_.size() > kMost) credit_.clear();  // names that come and go
+  double sum = 0;
+  const Side* chosen = nullptr;
+  double most = 0;
+  for (const Side& side : sides) {
+    const double rate = side.rate();
+    sum += rate;
+    const double credit = credit_[side.view().name] += rate;
+    if (chosen == nullptr || credit > most * (1 + 1e-9)) {
+      chosen = &side;
+      most = credit;
+    }
+  }
+  credit_[chosen->view().name] -= sum;
+  return whole(request, chosen->view(), chosen->path(),
+               text("round_robin: it is the turn of '", chosen->view().name, "'"));
+}
+
+ShortestQueue::ShortestQueue(double margin) : margin_(margin) {
+  require(margin >= 0 && margin < 1, text("shortest_queue: margin = ", margin, ": must be in [0, 1)"));
 }
 
 Plan ShortestQueue::plan(const PlanRequest& request) {
   const std::vector<Side> sides = sides_of(request);
-  const auto best = std::min_element(sides.begin(), sides.end(), [](const Side& a, const Side& b) {
-    if (a.view->read_queue_bytes != b.view->read_queue_bytes) {
-      return a.view->read_queue_bytes < b.view->read_queue_bytes;
-    }
-    return a.view->read_bandwidth > b.view->read_bandwidth;
-  });
-  std::string reason = text("shortest_queue: '", best->view->name, "'; queues:");
-  for (const Side& side : sides) reason += text(" '", side.view->name, "' ", mib(side.view->read_queue_bytes));
-  return whole(request, *best, std::move(reason));
+  const double bytes = hit_bytes(request);
+  const auto sooner = [&](const Side& a, const Side& b) { return a.seconds_for(bytes) < b.seconds_for(bytes); };
+  auto best = std::min_element(sides.begin(), sides.end(), sooner);
+  const auto last = std::find_if(sides.begin(), sides.end(), [&](const Side& s) { return s.view().name == last_; });
+  if (last != sides.end()) {
+    const double gain = last->seconds_for(bytes) - best->seconds_for(bytes);
+    if (gain < margin_ * bytes / last->rate()) best = last;
+  }
+  last_ = best->view().name;
+  std::string reason = text("shortest_queue: '", last_, "'; queues:");
+  for (const Side& side : sides) {
+    reason += text(" '", side.view().name, "' ", mib(side.view().read_queue_bytes));
+    if (side.view().read_bandwidth > 0) reason += text(" at ", side.view().read_bandwidth / 1'000'000, " MB/s");
+    if (&side != &sides.back()) reason += ",";
+  }
+  return whole(request, best->view(), best->path(), std::move(reason));
+}
+
+Split::Split(std::uint32_t max_sides, std::uint32_t helper_blocks)
+    : max_sides_(max_sides), helper_blocks_(helper_blocks) {
+  require(max_sides > 0, "split: max_sides must be at least 1");
 }
 
 Plan Split::plan(const PlanRequest& request) {
-  const std::vector<Side> sides = sides_of(request);
-  const std::vector<double> rates = rates_of(sides);
-  const double block = static_cast<double>(std::max<std::uint64_t>(request.prefill.block_bytes, 1));
-  std::vector<double> queues;
-  for (const Side& side : sides) queues.push_back(static_cast<double>(side.view->read_queue_bytes) / block);
+  std::vector<Side> sides = sides_of(request);
+  const double bytes = hit_bytes(request);
   const auto count = static_cast<std::uint32_t>(request.keys.size());
-  const auto blocks = to_blocks(level(queues, rates, count), count);
-
-  Plan plan = empty_plan(request);
+  const double block = bytes / std::max(count, 1u);
+  std::vector<double> shares = share_out(sides, bytes).bytes;
+  // Those with the least go first, until few enough are left and each is worth its message.
+  while (sides.size() > 1) {
+    const auto least = std::min_element(shares.begin(), shares.end());
+    const auto at = least - shares.begin();
+    const bool idle = *least <= 0;
+    const bool small = sides[static_cast<std::size_t>(at)].path() == Path::kHelper && *least < helper_blocks_ * block;
+    if (!idle && !small && sides.size() <= max_sides_) break;
+    sides.erase(sides.begin() + at);
+    shares.erase(least);
+    if (!idle) shares = share_out(sides, bytes).bytes;
+  }
+  const std::vector<std::uint32_t> blocks = to_blocks(shares, count);
+  Plan plan = unread_plan(request);
   plan.reason = "split:";
   std::uint32_t first = 0;
   for (std::size_t i = 0; i < sides.size(); ++i) {
-    plan.reason +=
-        text(" '", sides[i].view->name, "' ", blocks[i], " blocks behind ", mib(sides[i].view->read_queue_bytes),
-             " at ", sides[i].view->read_bandwidth / 1'000'000, " MB/s;");
+    const NodeView& view = sides[i].view();
+    plan.reason += text(" '", view.name, "' ", blocks[i], " blocks behind ", mib(view.read_queue_bytes), " at ",
+                        view.read_bandwidth / 1'000'000, " MB/s;");
     if (blocks[i] == 0) continue;
-    plan.ranges.push_back({sides[i].view->name, sides[i].path, first, blocks[i]});
+    plan.ranges.push_back({view.name, sides[i].path(), first, blocks[i]});
     first += blocks[i];
   }
   return plan;

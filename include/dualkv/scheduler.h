@@ -110,22 +110,31 @@ struct Prefill {
   std::uint64_t tokens = 0;
 };
 
-// Time of the attention of a batch, fitted from measurements: base + slope * operations, where a prefill's operations
-// grow with tokens * (cached + tokens / 2).
+// Time of the attention of a batch, fitted from measurements: base, so much for each token of context (its KV is read
+// once a prefill), and so much for each operation, of which a prefill has tokens * (cached + tokens / 2).
 class AttentionModel {
  public:
-  // Fits by least squares; at least two batches of different work. Throws Error(kInvalidArgument).
+  // Fits by least squares; at least two batches of different work. What the batches can't tell apart goes to the
+  // operations, and nothing costs less than nothing. Throws Error(kInvalidArgument).
   AttentionModel(std::span<const std::vector<Prefill>> batches, std::span<const double> seconds);
-  AttentionModel(double base_s, double s_per_operation) : base_s_(base_s), s_per_operation_(s_per_operation) {}
+  AttentionModel(double base_s, double s_per_operation, double s_per_context = 0)
+      : base_s_(base_s), s_per_operation_(s_per_operation), s_per_context_(s_per_context) {}
 
   static double operations(const Prefill& prefill);
-  double seconds(double operations) const { return base_s_ + s_per_operation_ * operations; }
+  // Of one prefill, without the base.
+  double cost_s(const Prefill& prefill) const {
+    return s_per_operation_ * operations(prefill) +
+           s_per_context_ * (static_cast<double>(prefill.cached) + static_cast<double>(prefill.tokens));
+  }
+  double seconds(std::span<const Prefill> batch) const;
   double base_s() const { return base_s_; }
   double s_per_operation() const { return s_per_operation_; }
+  double s_per_context() const { return s_per_context_; }
 
  private:
   double base_s_;
   double s_per_operation_;
+  double s_per_context_ = 0;
 };
 
 // Fills a batch in order up to `quota_s` of attention (A.4: 0.3 s). Returns how many tokens of each of the first

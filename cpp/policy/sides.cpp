@@ -1,0 +1,105 @@
+// The cost model of path policies: measured rates, queues, links and staging of each side.
+#include "policy/sides.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace dualkv {
+
+namespace {
+
+// A link that was measured while something held it up is not believed to be slower than this part of the reads.
+constexpr double kSlowestLink = 1.0 / 16;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int kBisections = 60;  // beyond the precision of a double's ratio of times
+
+// Largest amounts by `seconds`, each at most its limit.
+double total_by(const std::vector<Side>& sides, const std::vector<double>& limits, double seconds) {
+  double sum = 0;
+  for (std::size_t i = 0; i < sides.size(); ++i) sum += std::min(limits[i], sides[i].bytes_by(seconds));
+  return sum;
+}
+
+}  // namespace
+
+double Side::rate() const { return link_rate_ > 0 ? std::min(read_rate_, link_rate_) : read_rate_; }
+
+double Side::bytes_by(double seconds) const {
+  double bytes = read_rate_ * seconds - read_queue_;
+  if (link_rate_ > 0) bytes = std::min(bytes, link_rate_ * seconds - link_queue_);
+  return std::max(0.0, bytes);
+}
+
+double Side::seconds_for(double bytes) const {
+  const double read = (read_queue_ + bytes) / read_rate_;
+  return link_rate_ > 0 ? std::max(read, (link_queue_ + bytes) / link_rate_) : read;
+}
+
+double Side::room_bytes() const {
+  // Every node with staging can hold some prompt; without that, it has not said.
+  if (view_->prompt_slots == 0) return kInfinity;
+  return static_cast<double>(view_->free_slots) * static_cast<double>(view_->block_bytes);
+}
+
+std::vector<Side> sides_of(const PlanRequest& request) {
+  std::vector<Side> sides{{request.prefill, Path::kPrefill}};
+  if (request.decode) sides.push_back({*request.decode, Path::kDecode});
+  for (const NodeView& helper : request.helpers) sides.push_back({helper, Path::kHelper});
+  double sum = 0;
+  int measured = 0;
+  for (const Side& side : sides) {
+    if (side.view_->read_bandwidth == 0) continue;
+    sum += static_cast<double>(side.view_->read_bandwidth);
+    ++measured;
+  }
+  const double guess = measured > 0 ? sum / measured : 1;
+  for (Side& side : sides) {
+    const NodeView& view = *side.view_;
+    side.read_rate_ = view.read_bandwidth > 0 ? static_cast<double>(view.read_bandwidth) : guess;
+    side.read_queue_ = static_cast<double>(view.read_queue_bytes);
+    if (side.path_ == Path::kPrefill || view.link_bandwidth == 0) continue;
+    side.link_rate_ = std::max(static_cast<double>(view.link_bandwidth), side.read_rate_ * kSlowestLink);
+    for (const std::uint64_t bytes : view.lane_bytes) side.link_queue_ += static_cast<double>(bytes);
+  }
+  return sides;
+}
+
+Shares share_out(const std::vector<Side>& sides, double bytes) {
+  std::vector<double> limits;
+  double room = 0;
+  for (const Side& side : sides) {
+    limits.push_back(side.room_bytes());
+    room += limits.back();
+  }
+  if (!(room >= bytes)) std::fill(limits.begin(), limits.end(), kInfinity);
+  Shares out;
+  double early = 0, late = kInfinity;
+  for (std::size_t i = 0; i < sides.size(); ++i) {
+    if (limits[i] >= bytes) late = std::min(late, sides[i].seconds_for(bytes));
+  }
+  if (late == kInfinity) {
+    // Nobody has room for all: it is done when the last has filled what it has.
+    late = 0;
+    for (std::size_t i = 0; i < sides.size(); ++i) {
+      late = std::max(late, sides[i].seconds_for(std::min(limits[i], bytes)));
+    }
+  }
+  for (int i = 0; i < kBisections && late - early > late * 1e-12; ++i) {
+    const double middle = early + (late - early) / 2;
+    (total_by(sides, limits, middle) < bytes ? early : late) = middle;
+  }
+  out.seconds = late;
+  for (std::size_t i = 0; i < sides.size(); ++i) out.bytes.push_back(std::min(limits[i], sides[i].bytes_by(late)));
+  return out;
+}
+
+Plan unread_plan(const PlanRequest& request) {
+  Plan plan;
+  plan.keys = request.keys;
+  plan.prefill = request.prefill.name;
+  if (request.decode) plan.decode = request.decode->name;
+  for (const NodeView& helper : request.helpers) plan.helpers.push_back(helper.name);
+  return plan;
+}
+
+}  // namespace dualkv

@@ -1,0 +1,55 @@
+// Sides: the nodes that could read a hit, and when each would be done with how much of it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dualkv/policy.h"
+
+namespace dualkv {
+
+// One node as a supply of blocks. It has queued what it will read first, then reads at its rate; what it relays also
+// waits for the link behind all that is in flight there (HIGH traffic goes first), and then for the link's rate.
+class Side {
+ public:
+  Side(const NodeView& view, Path path) : view_(&view), path_(path) {}
+
+  const NodeView& view() const { return *view_; }
+  Path path() const { return path_; }
+
+  // Bytes/s of its reads, or of its link where that is slower.
+  double rate() const;
+  // Bytes done after `seconds`, counted from now.
+  double bytes_by(double seconds) const;
+  // When so many bytes are done.
+  double seconds_for(double bytes) const;
+  // Bytes its staging has room for at once; infinite if it does not say.
+  double room_bytes() const;
+
+ private:
+  friend std::vector<Side> sides_of(const PlanRequest& request);
+
+  const NodeView* view_;
+  Path path_;
+  double read_rate_ = 1, link_rate_ = 0;  // bytes/s; link 0: not measured, or none
+  double read_queue_ = 0, link_queue_ = 0;
+};
+
+// Prefill first, then decode, then helpers: the order blocks are given out in. A node whose rate is not measured yet is
+// taken to be as fast as the others on average; with no measurement at all, all are alike and only ratios count. Views
+// must outlive them.
+std::vector<Side> sides_of(const PlanRequest& request);
+
+// When all sides together are done with so many bytes, if they share them best, and how many each reads. Bytes go first
+// to where staging has room; what fits nowhere waits, wherever it is read.
+struct Shares {
+  double seconds = 0;
+  std::vector<double> bytes;
+};
+Shares share_out(const std::vector<Side>& sides, double bytes);
+
+// A plan without ranges and reason.
+Plan unread_plan(const PlanRequest& request);
+
+}  // namespace dualkv
