@@ -98,7 +98,7 @@ TEST_P(PrefillRules, GiveEachRequestItsEngine) {
   EXPECT_EQ(engines_of(fetched), want);
   for (std::size_t i = 0; i < fetched.assignments.size(); ++i) {
     EXPECT_EQ(fetched.assignments[i].request, i + 1) << "first come, first served";
-    EXPECT_FALSE(fetched.assignments[i].reason.empty());
+    EXPECT_FALSE(fetched.assignments[i].reason.text().empty());
   }
   EXPECT_EQ(scheduler.stats().waiting_prefill, GetParam().requests - want.size());
 }
@@ -174,7 +174,7 @@ TEST(Scheduler, DecodeWaitsForMemoryAndRefusesWhatNeverFits) {
   EXPECT_EQ(engines_of(got), (Names{"x", "x"}));
   ASSERT_EQ(got.refused.size(), 1u);
   EXPECT_EQ(got.refused[0].request, 2u);
-  EXPECT_NE(got.refused[0].reason.find("1000"), std::string::npos);
+  EXPECT_NE(got.refused[0].reason.text().find("1000"), std::string::npos);
   EXPECT_EQ(scheduler.stats().requests, 2u);
   EXPECT_EQ(scheduler.stats().waiting_prefill + scheduler.stats().waiting_decode, 0u);
 }
