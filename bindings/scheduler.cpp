@@ -47,7 +47,7 @@ void register_scheduler(py::module_& m) {
       .def_readonly("request", &Assignment::request)
       .def_readonly("engine", &Assignment::engine)
       .def_readonly("number", &Assignment::number)
-      .def_readonly("reason", &Assignment::reason);
+      .def_property_readonly("reason", [](const Assignment& a) { return a.reason.text(); });
 
   py::class_<Placement>(m, "Placement")
       .def_readonly("request", &Placement::request)
@@ -55,7 +55,7 @@ void register_scheduler(py::module_& m) {
       .def_readonly("decode", &Placement::decode)
       .def_readonly("read", &Placement::read)
       .def_readonly("number", &Placement::number)
-      .def_readonly("reason", &Placement::reason);
+      .def_property_readonly("reason", [](const Placement& p) { return p.reason.text(); });
 
   py::class_<Fetched>(m, "Fetched")
       .def_readonly("assignments", &Fetched::assignments)

@@ -34,11 +34,32 @@ struct EngineReport {
   std::uint64_t seen = 0;               // Assignment::number of the last one that these figures include
 };
 
+// Why this engine, this reading side, this refusal. Made for every request, so only figures; the sentence when asked.
+struct Reason {
+  enum class Kind : std::uint8_t {
+    kNone,
+    kShortQueue,    // a prefill engine whose node reads little: its tokens
+    kNoShortQueue,  // a prefill engine, all nodes read much: its tokens
+    kNearMean,      // a decode engine within reach of the mean: its requests
+    kAboveMean,     // a decode engine, all with memory are above the mean: its tokens
+    kReadQueues,    // the reading side: the prefill node's queue, the decode node's
+    kTooLarge,      // a refusal: the request's tokens, the largest engine's memory
+  };
+
+  Kind kind = Kind::kNone;
+  std::uint64_t first = 0, second = 0;
+  std::string group{};  // of a refusal, else empty
+
+  std::string text() const;
+  bool operator==(const Reason&) const = default;
+};
+
+// Names in answers are copies: good after the engine, or the scheduler, is gone.
 struct Assignment {
   std::uint64_t request = 0;
   std::string engine;
   std::uint64_t number = 0;  // 1, 2, ... of this engine; EngineReport::seen
-  std::string reason;
+  Reason reason;
 };
 
 // Both engines of a request, and who reads: the side whose node has the shorter read queue. Told to both.
@@ -47,7 +68,7 @@ struct Placement {
   std::string prefill, decode;  // engines
   Path read = Path::kPrefill;
   std::uint64_t number = 0;  // of the engine that reads, in one sequence with its assignments
-  std::string reason;
+  Reason reason;
 };
 
 struct Fetched {
@@ -69,7 +90,8 @@ struct SchedulerStats {
 // Requests wait in one queue for a prefill engine, first come first served. Those that have one are dealt to the groups
 // of decode engines when one of these fetches, and wait there for memory. In this order, and with both engines given
 // back when one is lost, no request holds an engine's memory while it waits for an engine that is full of requests
-// waiting for memory. Not thread-safe. O(log n) a request, and a look at each engine of the group.
+// waiting for memory. Not thread-safe. A request costs a look at each engine of its two groups; a fetch of a decode
+// group, one at every decode group; a request that returns from a lost engine, a walk past others on their way.
 class Scheduler {
  public:
   explicit Scheduler(const SchedulerOptions& options);

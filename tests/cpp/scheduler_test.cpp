@@ -98,7 +98,7 @@ TEST_P(PrefillRules, GiveEachRequestItsEngine) {
   EXPECT_EQ(engines_of(fetched), want);
   for (std::size_t i = 0; i < fetched.assignments.size(); ++i) {
     EXPECT_EQ(fetched.assignments[i].request, i + 1) << "first come, first served";
-    EXPECT_FALSE(fetched.assignments[i].reason.empty());
+    EXPECT_FALSE(fetched.assignments[i].reason.text().empty());
   }
   EXPECT_EQ(scheduler.stats().waiting_prefill, GetParam().requests - want.size());
 }
@@ -115,6 +115,64 @@ INSTANTIATE_TEST_SUITE_P(
         PrefillCase{"long queues when nothing else is able", {{0, kAlpha + 1}, {kBeta + 1, 0}}, 2, {0, 0}},
         PrefillCase{"exactly beta is able", {{kBeta, 0}}, 2, {0}},
         PrefillCase{"all full: nothing", {{kBeta + 1, 0}, {kBeta + 1, 5000}}, 3, {}}),
+    [](const auto& info) { return "Case" + std::to_string(info.index); });
+
+// --- Decode engines of a group, case by case: engines as reported, requests by size, who gets them.
+
+struct DecodeCase {
+  const char* what;
+  struct Reported {
+    std::uint32_t requests;
+    std::uint64_t tokens, free;
+  };
+  std::vector<Reported> engines;
+  std::vector<std::uint64_t> requests;  // tokens of each
+  std::vector<int> want;                // the engine of each that got one, in order
+  std::uint64_t refused = 0;
+};
+
+class DecodeRules : public ::testing::TestWithParam<DecodeCase> {};
+
+TEST_P(DecodeRules, GiveEachRequestItsEngine) {
+  Scheduler scheduler(options());
+  std::vector<EngineReport> reports;
+  for (const DecodeCase::Reported& one : GetParam().engines) {
+    const std::string name = "e" + std::to_string(reports.size());
+    scheduler.join(name, EngineRole::kDecode, "g", "n");
+    reports.push_back(decode(name, one.requests, one.tokens, one.free));
+  }
+  std::uint64_t id = 0;
+  for (std::uint64_t tokens : GetParam().requests) scheduler.submit(++id, tokens, 0);
+  give_prefill(scheduler);
+  const Fetched fetched = scheduler.fetch("g", reports);
+  Names want;
+  for (int engine : GetParam().want) want.push_back("e" + std::to_string(engine));
+  EXPECT_EQ(engines_of(fetched), want);
+  EXPECT_EQ(fetched.placements.size(), want.size());
+  EXPECT_EQ(fetched.refused.size(), GetParam().refused);
+  EXPECT_EQ(scheduler.stats().waiting_decode, id - want.size() - GetParam().refused);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    TwoPhases, DecodeRules,
+    ::testing::Values(
+        DecodeCase{"nothing waits", {{0, 0, 1000}}, {}, {}},
+        DecodeCase{"exactly the memory it needs", {{3, 300, 100}}, {100}, {0}},
+        DecodeCase{"a token less: it waits", {{3, 300, 99}}, {100}, {}},
+        DecodeCase{"memory in pieces is not enough", {{1, 100, 60}, {1, 100, 60}}, {100}, {}},
+        DecodeCase{"memory decides before requests do", {{9, 300, 100}, {0, 300, 99}}, {100}, {0}},
+        DecodeCase{"fewest requests, whatever the tokens", {{5, 0, 1000}, {2, 50, 1000}, {9, 400, 1000}}, {100}, {1}},
+        DecodeCase{"a tie goes to the one that joined first", {{2, 100, 1000}, {2, 100, 1000}}, {10}, {0}},
+        DecodeCase{"exactly 1.05 of the mean, 1,050, is within", {{5, 950, 1000}, {2, 950, 1000}}, {100}, {1}},
+        DecodeCase{"1,051 is above", {{5, 949, 1000}, {2, 951, 1000}}, {100}, {0}},
+        DecodeCase{
+            "all above: fewest tokens, whatever the requests", {{0, 900, 150}, {9, 800, 150}, {0, 0, 99}}, {100}, {1}},
+        DecodeCase{"all above, a tie: joined first", {{9, 800, 150}, {0, 800, 150}, {0, 0, 99}}, {100}, {0}},
+        DecodeCase{"what was assigned counts at once", {{0, 1000, 1000}, {1, 1000, 1000}}, {100, 100, 100}, {0, 0, 1}},
+        DecodeCase{"assigned memory is gone at once", {{0, 0, 250}}, {100, 100, 100}, {0, 0}},
+        DecodeCase{"nobody overtakes the head", {{1, 500, 50}}, {100, 10}, {}},
+        DecodeCase{"as large as the largest engine: it waits", {{1, 100, 400}, {1, 100, 300}}, {500}, {}},
+        DecodeCase{"larger than any: refused, and the next goes on", {{1, 100, 400}, {1, 0, 300}}, {501, 10}, {0}, 1}),
     [](const auto& info) { return "Case" + std::to_string(info.index); });
 
 TEST(Scheduler, DecodeRequestsGoToTheGroupWithFewestTokensAndCountThere) {
@@ -174,7 +232,7 @@ TEST(Scheduler, DecodeWaitsForMemoryAndRefusesWhatNeverFits) {
   EXPECT_EQ(engines_of(got), (Names{"x", "x"}));
   ASSERT_EQ(got.refused.size(), 1u);
   EXPECT_EQ(got.refused[0].request, 2u);
-  EXPECT_NE(got.refused[0].reason.find("1000"), std::string::npos);
+  EXPECT_NE(got.refused[0].reason.text().find("1000"), std::string::npos);
   EXPECT_EQ(scheduler.stats().requests, 2u);
   EXPECT_EQ(scheduler.stats().waiting_prefill + scheduler.stats().waiting_decode, 0u);
 }
@@ -276,6 +334,90 @@ TEST(Scheduler, RequestsOfAnEngineThatLeavesTakeTheirOldPlace) {
   EXPECT_EQ(scheduler.stats().waiting_decode, 3u);
 }
 
+TEST(Scheduler, GroupsWithEquallyManyTokensAreDealtToByName) {
+  Scheduler scheduler(options());
+  for (const char* group : {"b", "c", "a"}) scheduler.join(group, EngineRole::kDecode, group, group);
+  for (int i = 1; i <= 4; ++i) scheduler.submit(i, 100, 0);
+  give_prefill(scheduler);
+  const auto requests_of = [&](const char* group) {
+    std::vector<std::uint64_t> out;
+    const Fetched got = scheduler.fetch(group, std::vector{decode(group, 0, 0, 1000)});
+    for (const Assignment& one : got.assignments) out.push_back(one.request);
+    return out;
+  };
+  EXPECT_EQ(requests_of("c"), (std::vector<std::uint64_t>{3}));
+  EXPECT_EQ(requests_of("b"), (std::vector<std::uint64_t>{2}));
+  EXPECT_EQ(requests_of("a"), (std::vector<std::uint64_t>{1, 4}));
+}
+
+TEST(Scheduler, WhatWasDealtToAGroupThatEmptiesIsDealtAgain) {
+  Scheduler scheduler(options());
+  for (const char* group : {"a", "b"}) scheduler.join(group, EngineRole::kDecode, group, group);
+  for (int i = 1; i <= 4; ++i) scheduler.submit(i, 100, 0);
+  give_prefill(scheduler);
+  EXPECT_TRUE(scheduler.fetch("a", {}).assignments.empty()) << "no report, no memory";
+  EXPECT_TRUE(scheduler.leave("b").empty()) << "2 and 4 wait there, and are nobody's yet";
+  EXPECT_EQ(scheduler.stats().waiting_decode, 4u);
+  EXPECT_EQ(code_of([&] { scheduler.fetch("b", {}); }), Code::kNotFound);
+  std::vector<std::uint64_t> got;
+  const Fetched fetched = scheduler.fetch("a", std::vector{decode("a", 0, 0, 1000)});
+  for (const Assignment& one : fetched.assignments) got.push_back(one.request);
+  EXPECT_EQ(got, (std::vector<std::uint64_t>{1, 2, 3, 4})) << "in their order";
+  // The name is free for a group of the other role.
+  scheduler.join("b", EngineRole::kPrefill, "b", "b");
+}
+
+TEST(Scheduler, NothingIsRefusedBeforeAllEnginesOfTheGroupHaveReported) {
+  Scheduler scheduler(options());
+  for (const char* name : {"x", "y"}) scheduler.join(name, EngineRole::kDecode, "g", "n");
+  scheduler.submit(1, 1000, 0);
+  give_prefill(scheduler);
+  EXPECT_TRUE(scheduler.fetch("g", std::vector{decode("x", 0, 0, 500)}).refused.empty()) << "y may be large enough";
+  const Fetched got = scheduler.fetch("g", std::vector{decode("y", 0, 0, 600)});
+  ASSERT_EQ(got.refused.size(), 1u);
+  EXPECT_EQ(got.refused[0].reason, (Reason{Reason::Kind::kTooLarge, 1000, 600, "g"}));
+  EXPECT_EQ(got.refused[0].reason.text(), "needs 1000 tokens of memory; the largest engine of 'g' has 600 in all");
+}
+
+TEST(Scheduler, OverloadWaitsInOrderAndIsTakenUpWhereItStood) {
+  SchedulerOptions few = options();
+  few.max_waiting = 3;
+  Scheduler scheduler(few);
+  scheduler.join("p", EngineRole::kPrefill, "P", "n");
+  for (int i = 1; i <= 3; ++i) scheduler.submit(i, 400, 0);
+  EXPECT_TRUE(scheduler.fetch("P", std::vector{prefill("p", kBeta + 1, 0)}).assignments.empty());
+  EXPECT_EQ(code_of([&] { scheduler.submit(4, 400, 0); }), Code::kNoSpace);
+  EXPECT_EQ(scheduler.stats().requests, 3u) << "4 left nothing behind";
+  EXPECT_EQ(scheduler.fetch("P", std::vector{prefill("p", 200, 0)}).assignments.size(), 1u);
+  scheduler.submit(4, 400, 0);
+  scheduler.leave("p");
+  EXPECT_EQ(scheduler.stats().waiting_prefill, 4u) << "one that returns is never too many";
+  EXPECT_EQ(code_of([&] { scheduler.submit(5, 400, 0); }), Code::kNoSpace);
+}
+
+// The sentences, from what made them.
+TEST(Scheduler, SaysWhy) {
+  Scheduler scheduler(options());
+  scheduler.join("p", EngineRole::kPrefill, "P", "pn");
+  for (const char* name : {"x", "y"}) scheduler.join(name, EngineRole::kDecode, "D", "dn");
+  scheduler.submit(1, 100, 70);
+  EXPECT_EQ(scheduler.fetch("P", std::vector{prefill("p", 30, kAlpha)}).assignments.at(0).reason.text(),
+            "its node's read queue is short; fewest tokens of such: 30");
+  scheduler.submit(2, 100, 70);
+  EXPECT_EQ(scheduler.fetch("P", std::vector{prefill("p", 130, kAlpha + 1, 1)}).assignments.at(0).reason.text(),
+            "no read queue is short; fewest tokens: 130");
+  const Fetched got = scheduler.fetch("D", std::vector{decode("x", 4, 0, 1000, 20), decode("y", 3, 600, 1000, 20)});
+  ASSERT_EQ(got.assignments.size(), 2u);
+  EXPECT_EQ(got.assignments[0].reason.text(), "within reach of the mean; fewest requests of such: 4");
+  EXPECT_EQ(got.placements[0].reason.text(), "read queues in tokens: prefill 1001, decode 20");
+  EXPECT_EQ(got.placements[1].reason.text(), "read queues in tokens: prefill 1001, decode 90");
+  scheduler.submit(3, 900, 0);
+  scheduler.fetch("P", std::vector{prefill("p", 0, 0, 2)});
+  const Fetched above = scheduler.fetch("D", std::vector{decode("x", 4, 0, 800, 20), decode("y", 3, 9000, 950, 20)});
+  EXPECT_EQ(above.assignments.at(0).reason.text(), "all are above the mean; fewest tokens: 9000");
+  EXPECT_EQ(Reason().text(), "");
+}
+
 // Prefill engines full of requests that wait for memory, which requests hold that wait for a prefill engine: never.
 TEST(Scheduler, NobodyHoldsMemoryWhileItWaitsForAPrefillEngine) {
   Scheduler scheduler(options());
@@ -363,8 +505,11 @@ TEST_P(SchedulerHistory, LosesNothingAssignsNothingTwiceAndEndsWithNothing) {
     }
     if (!late.empty() && late.front().first == group) late.pop_front();
     const Fetched got = w.scheduler.fetch(group, reports);
+    std::uint64_t before = 0;
     for (const Assignment& one : got.assignments) {
       ASSERT_TRUE(w.alive.contains(one.request));
+      ASSERT_GT(one.request, before) << "overtaken";
+      before = one.request;
       for (const std::string& engine : w.given[one.request]) {
         ASSERT_NE(engine[0], one.engine[0]) << "request " << one.request << " has two engines of one role";
       }
@@ -414,8 +559,19 @@ TEST_P(SchedulerHistory, LosesNothingAssignsNothingTwiceAndEndsWithNothing) {
       w.given.erase(id);
     }
   };
+  // Whoever has no engine waits for that engine, and nobody else does.
+  const auto check_queues = [&](int step) {
+    std::uint64_t for_prefill = 0, for_decode = 0;
+    for (const auto& [id, tokens] : w.alive) {
+      const std::set<std::string>& has = w.given[id];
+      for_prefill += has.empty();
+      for_decode += has.size() == 1 && (*has.begin())[0] == 'p';
+    }
+    ASSERT_EQ(w.scheduler.stats().waiting_prefill, for_prefill) << step;
+    ASSERT_EQ(w.scheduler.stats().waiting_decode, for_decode) << step;
+  };
   for (int i = 0; i < 6; ++i) join();
-  for (int step = 0; step < 600; ++step) {
+  for (int step = 0; step < 4000; ++step) {
     const std::uint64_t what = w.below(100);
     if (what < 35) {
       const std::uint64_t tokens = 1 + w.below(w.below(20) == 0 ? 5000 : 400);
@@ -444,6 +600,7 @@ TEST_P(SchedulerHistory, LosesNothingAssignsNothingTwiceAndEndsWithNothing) {
       work();
     }
     ASSERT_EQ(w.scheduler.stats().requests, w.alive.size()) << step;
+    check_queues(step);
   }
   // Left alone with working engines, everything ends: nobody starves.
   w.scheduler.join("p-last", EngineRole::kPrefill, "P0", "n0");
