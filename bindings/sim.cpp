@@ -44,6 +44,7 @@ SimHardware to_hardware(const py::dict& in) {
   field(in, "dram", out.dram);
   field(in, "high_share", out.high_share);
   field(in, "decode_memory_tokens", out.decode_memory_tokens);
+  field(in, "staging", out.staging);
   return out;
 }
 

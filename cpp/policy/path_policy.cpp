@@ -75,7 +75,7 @@ Plan RoundRobin::plan(const PlanRequest& request) {
   const Side* chosen = nullptr;
   double most = 0;
   for (const Side& side : sides) {
-    const double rate = side.rate();
+    const double rate = side.read_rate();
     sum += rate;
     const double credit = credit_[side.view().name] += rate;
     if (chosen == nullptr || credit > most * (1 + 1e-9)) {
@@ -100,7 +100,7 @@ Plan ShortestQueue::plan(const PlanRequest& request) {
   const auto last = std::find_if(sides.begin(), sides.end(), [&](const Side& s) { return s.view().name == last_; });
   if (last != sides.end()) {
     const double gain = last->seconds_for(bytes) - best->seconds_for(bytes);
-    if (gain < margin_ * bytes / last->rate()) best = last;
+    if (gain < margin_ * bytes / last->read_rate()) best = last;
   }
   last_ = best->view().name;
   std::string reason = text("shortest_queue: '", last_, "'; queues:");

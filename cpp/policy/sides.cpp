@@ -22,8 +22,6 @@ double total_by(const std::vector<Side>& sides, const std::vector<double>& limit
 
 }  // namespace
 
-double Side::rate() const { return link_rate_ > 0 ? std::min(read_rate_, link_rate_) : read_rate_; }
-
 double Side::bytes_by(double seconds) const {
   double bytes = read_rate_ * seconds - read_queue_;
   if (link_rate_ > 0) bytes = std::min(bytes, link_rate_ * seconds - link_queue_);

@@ -18,8 +18,8 @@ class Side {
   const NodeView& view() const { return *view_; }
   Path path() const { return path_; }
 
-  // Bytes/s of its reads, or of its link where that is slower.
-  double rate() const;
+  // Bytes/s of its reads.
+  double read_rate() const { return read_rate_; }
   // Bytes done after `seconds`, counted from now.
   double bytes_by(double seconds) const;
   // When so many bytes are done.

@@ -139,6 +139,7 @@ void Cluster::arrive(std::uint32_t index) {
   agent.record.arrival_s = now_;
   agent.parts.clear();
   agent.reads_left = agent.moving = 0;
+  agent.published = 0;
   agent.computed = false;
   ++arrived_;
   if (scheduler_) {
@@ -238,7 +239,8 @@ NodeView Cluster::view(const Node& node) const {
   view.block_bytes = static_cast<std::uint64_t>(tokens_to_bytes(view.tokens_per_block));
   view.read_queue_bytes = static_cast<std::uint64_t>(std::max(0.0, node.queued_bytes));
   view.read_bandwidth = static_cast<std::uint64_t>(options_.hardware.snic);
-  view.link_bandwidth = static_cast<std::uint64_t>(options_.hardware.cnic * (1 - options_.hardware.high_share));
+  const SimHardware& hw = options_.hardware;
+  view.link_bandwidth = static_cast<std::uint64_t>(hw.cnic * (1 - hw.high_share) * hw.engines_per_node);
   return view;
 }
 
@@ -273,7 +275,7 @@ void Cluster::start_load(std::uint32_t index, Path read) {
     node.queue.push_back({index, part.bytes});
     node.queued_bytes += part.bytes;
     planned_bytes_ += part.bytes;
-    if (node.queue.size() == 1) read_next(node, part.node);
+    read_next(part.node);
   }
 }
 
@@ -330,8 +332,20 @@ void Cluster::add_part(Agent& agent, std::uint32_t node, std::uint32_t engine, d
   agent.parts.push_back({node, engine, bytes});
 }
 
-void Cluster::read_next(Node& node, std::uint32_t index) {
-  flow(node.queue.front().bytes, FlowKind::kRead, index, {{node.snic, 1}, {node.dram, 1}});
+// First come first served, as long as staging has room; a hit larger than all of it is read once it is empty.
+void Cluster::read_next(std::uint32_t index) {
+  Node& node = nodes_[index];
+  if (node.reading || node.queue.empty()) return;
+  const double bytes = node.queue.front().bytes, room = options_.hardware.staging;
+  if (room > 0 && node.staged > 0 && node.staged + bytes > room) return;
+  node.reading = true;
+  node.staged += bytes;
+  flow(bytes, FlowKind::kRead, index, {{node.snic, 1}, {node.dram, 1}});
+}
+
+void Cluster::unstage(std::uint32_t index, double bytes) {
+  nodes_[index].staged = std::max(0.0, nodes_[index].staged - bytes);
+  read_next(index);
 }
 
 void Cluster::read_done(std::uint32_t index) {
@@ -339,7 +353,8 @@ void Cluster::read_done(std::uint32_t index) {
   const Read read = node.queue.front();
   node.queue.pop_front();
   node.queued_bytes = node.queue.empty() ? 0 : node.queued_bytes - read.bytes;
-  if (!node.queue.empty()) read_next(node, index);
+  node.reading = false;
+  read_next(index);
   Agent& agent = agents_[read.agent];
   if (--agent.reads_left > 0) return;
   agent.read = now_;
@@ -464,6 +479,8 @@ void Cluster::publish(std::uint32_t index, double bytes) {
   Agent& agent = agents_[index];
   const Cnic& to = decode_cnic(agent.decode);
   ++agent.moving;
+  agent.published += bytes;
+  nodes_[to.node].staged += bytes;
   result_.published_bytes += bytes;
   flow(bytes, FlowKind::kPublish, index, {{cnics_[agent.prefill].out, 1}, {to.in, 1}, {nodes_[to.node].dram, 1}});
 }
@@ -491,10 +508,23 @@ void Cluster::forward_loaded(std::uint32_t index) {
 void Cluster::forward_done(std::uint32_t index) {
   PrefillGroup& group = groups_[index];
   group.running = false;
-  for (const Item& item : group.batch) {
-    if (agents_[item.agent].cached == agents_[item.agent].turn->input_tokens) prefilled(item.agent);
+  const std::vector<Item> done = std::move(group.batch);
+  group.batch.clear();
+  for (const Item& item : done) {
+    const Agent& agent = agents_[item.agent];
+    // Its first pass: loads are in the engine's memory.
+    if (agent.cached - item.tokens == agent.loaded) loads_taken(agent);
+    if (agent.cached == agent.turn->input_tokens) prefilled(item.agent);
   }
   try_forward(index);
+}
+
+// Parts that the decode node read stay there: they belong to the prompt that it is handed.
+void Cluster::loads_taken(const Agent& agent) {
+  const std::uint32_t home = decode_cnic(agent.decode).node;
+  for (const Part& part : agent.parts) {
+    if (part.node != home) unstage(part.node, part.bytes);
+  }
 }
 
 void Cluster::prefilled(std::uint32_t index) {
@@ -533,8 +563,23 @@ void Cluster::handed_over(std::uint32_t index) {
          {{at.out, 1}, {at.in, 1}, {nodes_[at.node].dram, 1}});
     return;
   }
+  copied_in(index);
+}
+
+void Cluster::copied_in(std::uint32_t index) {
+  const Agent& agent = agents_[index];
   decodes_[agent.decode].waiting.push_back(index);
   try_join(agent.decode);
+}
+
+// The decode node's staging is free of this prompt.
+void Cluster::prompt_leaves(const Agent& agent) {
+  const std::uint32_t home = decode_cnic(agent.decode).node;
+  double bytes = agent.published;
+  for (const Part& part : agent.parts) {
+    if (part.node == home) bytes += part.bytes;
+  }
+  if (bytes > 0) unstage(home, bytes);
 }
 
 void Cluster::try_join(std::uint32_t index) {
@@ -569,6 +614,7 @@ void Cluster::decoded(std::uint32_t index) {
 
 void Cluster::finish(std::uint32_t index) {
   Agent& agent = agents_[index];
+  if (agent.turn->output_tokens < 2) prompt_leaves(agent);
   Decode& decode = decodes_[agent.decode];
   --decode.requests;
   decode.tokens -= agent.turn->input_tokens + agent.turn->output_tokens;
@@ -610,10 +656,9 @@ void Cluster::flow_ended(std::uint64_t owner) {
       return handed_over(index);
     }
     case FlowKind::kCopyIn: {
-      Agent& agent = agents_[index];
-      --agent.moving;
-      decodes_[agent.decode].waiting.push_back(index);
-      return try_join(agent.decode);
+      --agents_[index].moving;
+      prompt_leaves(agents_[index]);
+      return copied_in(index);
     }
   }
 }

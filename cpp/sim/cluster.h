@@ -39,6 +39,7 @@ class Cluster {
     std::uint32_t prefill = 0, decode = 0;  // engines
     std::vector<Part> parts;
     std::uint32_t reads_left = 0;
+    double published = 0;      // bytes, in the decode node's staging
     std::uint32_t cached = 0;  // tokens: loaded, or computed by earlier chunks
     std::uint32_t loaded = 0;  // tokens of the hit that are loaded
     std::uint32_t moving = 0;  // flows of its KV that end before it can go on
@@ -56,6 +57,8 @@ class Cluster {
     std::string name;
     std::deque<Read> queue;
     double queued_bytes = 0;
+    double staged = 0;     // bytes in its staging, the read under way included
+    bool reading = false;  // the front of the queue
     bool prefill = false;
     std::uint32_t next_engine = 0;  // whose CNIC helps next
     double sampled = 0;             // bytes the SNIC had carried at the last window
@@ -113,7 +116,8 @@ class Cluster {
   void start_load(std::uint32_t agent, Path read);
   std::uint32_t plan_load(Agent& agent, std::uint32_t blocks);
   void add_part(Agent& agent, std::uint32_t node, std::uint32_t engine, double bytes);
-  void read_next(Node& node, std::uint32_t index);
+  void read_next(std::uint32_t node);
+  void unstage(std::uint32_t node, double bytes);
   void read_done(std::uint32_t node);
   void loaded(std::uint32_t agent);
   void ready(std::uint32_t agent);
@@ -126,6 +130,9 @@ class Cluster {
   void forward_done(std::uint32_t group);
   void prefilled(std::uint32_t agent);
   void handed_over(std::uint32_t agent);
+  void loads_taken(const Agent& agent);
+  void copied_in(std::uint32_t agent);
+  void prompt_leaves(const Agent& agent);
   void try_join(std::uint32_t decode);
   void decoded(std::uint32_t decode);
   void finish(std::uint32_t agent);

@@ -31,6 +31,7 @@ void check(const SimHardware& hw) {
   positive(hw.cnic, "cnic");
   positive(hw.dram, "dram");
   positive(hw.decode_memory_tokens, "decode_memory_tokens");
+  not_negative(hw.staging, "staging");
   require(hw.high_share >= 0 && hw.high_share < 1, text("high_share = ", hw.high_share, ": must be in [0, 1)"));
 }
 

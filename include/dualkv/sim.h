@@ -49,6 +49,9 @@ struct SimHardware {
   double dram = 0;                              // of a node, reads and writes together
   double high_share = 0;                        // of each CNIC direction that the model's own traffic takes, first
   double decode_memory_tokens = 0;              // of KV that fit a decode engine
+  // Bytes of a node's staging: what it reads is there until the forward pass that takes it is over, prompts of a decode
+  // node until they are in its engine's memory. Reads wait while it is full. 0: without end.
+  double staging = 0;
 };
 
 // One turn of an agent: a request.
