@@ -2,8 +2,15 @@
 #include "sim/flow_net.h"
 
 #include <algorithm>
+#include <functional>
 
 namespace dualkv::sim {
+
+namespace {
+
+constexpr double kNoWeight = 1e-6;  // of a link whose flows all have their rates, but for rounding
+
+}  // namespace
 
 LinkId FlowNet::add_link(double capacity, double high) {
   links_.push_back({});
@@ -11,8 +18,8 @@ LinkId FlowNet::add_link(double capacity, double high) {
   return static_cast<LinkId>(links_.size() - 1);
 }
 
-FlowId FlowNet::start(double now, double bytes, std::uint64_t owner, const std::array<Hop, kMaxHops>& hops,
-                      std::size_t count) {
+void FlowNet::start(double now, double bytes, std::uint64_t owner, const std::array<Hop, kMaxHops>& hops,
+                    std::size_t count) {
   FlowId id;
   if (free_.empty()) {
     id = static_cast<FlowId>(flows_.size());
@@ -21,57 +28,48 @@ FlowId FlowNet::start(double now, double bytes, std::uint64_t owner, const std::
     id = free_.back();
     free_.pop_back();
   }
+  change_at(now);
   Flow& flow = flows_[id];
   flow.hops = hops;
   flow.hop_count = static_cast<std::uint8_t>(count);
-  flow.active = true;
   flow.owner = owner;
   flow.left = bytes;
   flow.rate = 0;
   flow.since = now;
   flow.most = kNever;
-  for (std::size_t i = 0; i < count; ++i)
+  for (std::size_t i = 0; i < count; ++i) {
     flow.most = std::min(flow.most, links_[hops[i].link].capacity / hops[i].weight);
-  ++active_;
-  push(id, kNever);
-  begin_change();
-  touched_flows_.push_back(id);
-  flow.visit = visit_;
+  }
   for (std::uint8_t i = 0; i < flow.hop_count; ++i) {
     Link& link = links_[hops[i].link];
     flow.place[i] = static_cast<std::uint32_t>(link.uses.size());
     link.uses.push_back({id, i});
-    link.demand += flow.most * hops[i].weight;
-    if (link.may_bind()) reach(hops[i].link);
   }
-  share(now);
-  return id;
+  flow.visit = visit_;
+  touched_flows_.push_back(id);
+  push(id, kNever);
 }
 
 std::uint64_t FlowNet::finish_next() {
   const FlowId id = heap_.front().flow;
-  const double now = heap_.front().end;
+  change_at(heap_.front().end);
   Flow& flow = flows_[id];
   // To the last byte: rounding must not lose any.
-  for (std::uint8_t i = 0; i < flow.hop_count; ++i)
+  for (std::uint8_t i = 0; i < flow.hop_count; ++i) {
     links_[flow.hops[i].link].carried += flow.left * flow.hops[i].weight;
+  }
   flow.left = 0;
   remove(0);
-  begin_change();
   for (std::uint8_t i = 0; i < flow.hop_count; ++i) {
     Link& link = links_[flow.hops[i].link];
     const Use moved = link.uses.back();
     link.uses[flow.place[i]] = moved;
     flows_[moved.flow].place[moved.hop] = flow.place[i];
     link.uses.pop_back();
-    const bool bound = link.may_bind();
-    link.demand = link.uses.empty() ? 0 : link.demand - flow.most * flow.hops[i].weight;
-    if (bound) reach(flow.hops[i].link);
+    if (link.full()) touch(flow.hops[i].link);
+    link.used = link.uses.empty() ? 0 : link.used - flow.rate * flow.hops[i].weight;
   }
-  flow.active = false;
-  --active_;
   free_.push_back(id);
-  share(now);
   return flow.owner;
 }
 
@@ -87,79 +85,138 @@ void FlowNet::settle(Flow& flow, double now) {
   for (std::uint8_t i = 0; i < flow.hop_count; ++i) links_[flow.hops[i].link].carried += moved * flow.hops[i].weight;
 }
 
-void FlowNet::begin_change() {
+void FlowNet::change_at(double now) {
+  if (changed_) return;
+  changed_ = true;
+  changed_at_ = now;
   ++visit_;
   touched_flows_.clear();
   touched_links_.clear();
+  reached_ = 0;
 }
 
-// A link that binds or did, and all flows and links that can be reached from it over links that may bind.
-void FlowNet::reach(LinkId id) {
+// All flows of this link get new rates.
+void FlowNet::touch(LinkId id) {
   if (links_[id].visit == visit_) return;
   links_[id].visit = visit_;
-  std::size_t next = touched_links_.size();
   touched_links_.push_back(id);
-  for (; next < touched_links_.size(); ++next) {
-    for (const Use& use : links_[touched_links_[next]].uses) {
+}
+
+// New rates may fill further links, whose flows then get new rates as well.
+void FlowNet::share() {
+  changed_ = false;
+  do {
+    reach();
+    fill();
+  } while (overfull());
+  adopt();
+}
+
+void FlowNet::reach() {
+  for (; reached_ < touched_links_.size(); ++reached_) {
+    for (const Use& use : links_[touched_links_[reached_]].uses) {
       Flow& flow = flows_[use.flow];
       if (flow.visit == visit_) continue;
       flow.visit = visit_;
       touched_flows_.push_back(use.flow);
       for (std::uint8_t i = 0; i < flow.hop_count; ++i) {
-        Link& link = links_[flow.hops[i].link];
-        if (link.visit == visit_ || !link.may_bind()) continue;
-        link.visit = visit_;
-        touched_links_.push_back(flow.hops[i].link);
+        if (links_[flow.hops[i].link].full()) touch(flow.hops[i].link);
       }
     }
   }
 }
 
-void FlowNet::share(double now) {
+// Progressive filling of the touched flows over the touched links.
+void FlowNet::fill() {
+  fullest_.clear();
   for (const LinkId id : touched_links_) {
     Link& link = links_[id];
     link.left = link.capacity;
     link.weight = 0;
     for (const Use& use : link.uses) link.weight += flows_[use.flow].hops[use.hop].weight;
+    if (link.weight > kNoWeight) fullest_.emplace_back(link.left / link.weight, id);
   }
-  while (!touched_flows_.empty()) {
-    const Link* full = nullptr;
-    double rate = kNever;
-    for (const LinkId id : touched_links_) {
-      const Link& link = links_[id];
-      if (link.weight > 1e-6 && link.left / link.weight < rate) {
-        rate = link.left / link.weight;
-        full = &link;
+  std::make_heap(fullest_.begin(), fullest_.end(), std::greater<>());
+  // Those that the links leave as much as they can use, least first; between them, the links that are full.
+  std::sort(touched_flows_.begin(), touched_flows_.end(), [&](FlowId a, FlowId b) {
+    return flows_[a].most != flows_[b].most ? flows_[a].most < flows_[b].most : a < b;
+  });
+  for (const FlowId id : touched_flows_) flows_[id].open = true;
+  for (const FlowId id : touched_flows_) {
+    Flow& flow = flows_[id];
+    while (flow.open && !fullest_.empty() && fullest_.front().first < flow.most) {
+      std::pop_heap(fullest_.begin(), fullest_.end(), std::greater<>());
+      const auto [stood, full] = fullest_.back();
+      const Link& link = links_[full];
+      fullest_.pop_back();
+      if (link.weight < kNoWeight) continue;  // all of its flows have their rates
+      // What flows took elsewhere can only have left more for the others.
+      const double rate = link.left / link.weight;
+      if (rate > stood * (1 + kSame)) {
+        fullest_.emplace_back(rate, full);
+        std::push_heap(fullest_.begin(), fullest_.end(), std::greater<>());
+        continue;
+      }
+      for (const Use& use : link.uses) {
+        if (flows_[use.flow].open) give(flows_[use.flow], rate);
       }
     }
-    // Those that can't use as much keep their most; if there are none, the fullest link's flows keep its rate.
-    const std::size_t before = touched_flows_.size();
-    std::erase_if(touched_flows_, [&](FlowId id) {
-      if (flows_[id].most > rate) return false;
-      give(flows_[id], flows_[id].most, now);
-      return true;
-    });
-    if (touched_flows_.size() < before) continue;
-    for (const Use& use : full->uses) {
-      if (flows_[use.flow].visit == visit_) give(flows_[use.flow], rate, now);
-    }
-    std::erase_if(touched_flows_, [&](FlowId id) { return flows_[id].visit != visit_; });
+    if (flow.open) give(flow, flow.most);
   }
 }
 
-void FlowNet::give(Flow& flow, double rate, double now) {
-  flow.visit = visit_ - 1;
+void FlowNet::give(Flow& flow, double rate) {
+  flow.open = false;
+  flow.next = rate;
   for (std::uint8_t i = 0; i < flow.hop_count; ++i) {
     Link& link = links_[flow.hops[i].link];
     link.left = std::max(0.0, link.left - rate * flow.hops[i].weight);
     link.weight -= flow.hops[i].weight;
   }
-  if (rate == flow.rate) return;
-  settle(flow, now);
-  flow.rate = rate;
-  End& end = heap_[flow.heap_place];
-  end = {now + flow.left / rate, ++order_, end.flow};
-  sift(flow.heap_place);
+}
+
+// Touches links that the new rates would overfill; false if there are none.
+bool FlowNet::overfull() {
+  ++round_;
+  checked_links_.clear();
+  for (const FlowId id : touched_flows_) {
+    const Flow& flow = flows_[id];
+    for (std::uint8_t i = 0; i < flow.hop_count; ++i) {
+      Link& link = links_[flow.hops[i].link];
+      if (link.visit == visit_) continue;
+      if (link.checked != round_) {
+        link.checked = round_;
+        link.more = 0;
+        checked_links_.push_back(flow.hops[i].link);
+      }
+      link.more += (flow.next - flow.rate) * flow.hops[i].weight;
+    }
+  }
+  const std::size_t before = touched_links_.size();
+  for (const LinkId id : checked_links_) {
+    if (links_[id].used + links_[id].more > links_[id].capacity * (1 + kSame)) touch(id);
+  }
+  return touched_links_.size() > before;
+}
+
+void FlowNet::adopt() {
+  for (const FlowId id : touched_flows_) {
+    Flow& flow = flows_[id];
+    if (flow.next == flow.rate) continue;
+    settle(flow, changed_at_);
+    for (std::uint8_t i = 0; i < flow.hop_count; ++i) {
+      links_[flow.hops[i].link].used += (flow.next - flow.rate) * flow.hops[i].weight;
+    }
+    flow.rate = flow.next;
+    heap_[flow.heap_place] = {changed_at_ + flow.left / flow.rate, ++order_, id};
+    sift(flow.heap_place);
+  }
+  // Sums of differences drift; these are exact.
+  for (const LinkId id : touched_links_) {
+    Link& link = links_[id];
+    link.used = 0;
+    for (const Use& use : link.uses) link.used += flows_[use.flow].rate * flows_[use.flow].hops[use.hop].weight;
+  }
 }
 
 void FlowNet::push(FlowId flow, double end) {

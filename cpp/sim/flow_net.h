@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace dualkv::sim {
@@ -19,8 +20,8 @@ struct Hop {
 
 // Links have a capacity; flows have bytes to move over up to kMaxHops of them. Rates are max-min fair: they grow
 // together until a link is full, whose flows keep what they have while the others go on. What HIGH takes of a link is
-// taken first. A link that its flows could not fill if each had it to itself binds nobody; only flows connected to a
-// change over links that may bind get new rates. Single-threaded.
+// taken first. Only flows that are connected to a change over full links get new rates: others have their own full
+// link, and nothing happened there. Single-threaded.
 class FlowNet {
  public:
   static constexpr std::size_t kMaxHops = 4;
@@ -28,46 +29,55 @@ class FlowNet {
 
   // `high` bytes/s of it belong to the HIGH lane, whether used or not.
   LinkId add_link(double capacity, double high = 0);
-  // `owner` comes back when it has ended. `bytes` > 0, at least one hop.
-  FlowId start(double now, double bytes, std::uint64_t owner, const std::array<Hop, kMaxHops>& hops, std::size_t count);
+  // `owner` comes back when it has ended. `bytes` > 0, at least one hop. It moves from next_end() on.
+  void start(double now, double bytes, std::uint64_t owner, const std::array<Hop, kMaxHops>& hops, std::size_t count);
 
-  // When the next flow ends; kNever without flows.
-  double next_end() const { return heap_.empty() ? kNever : heap_.front().end; }
-  // Ends the flow whose time has come; its owner.
+  // When the next flow ends; kNever without flows. Rates follow all starts and ends up to here at once, so those of one
+  // instant cost one sharing out. The time must not be before that of the last change.
+  double next_end() {
+    if (changed_) share();
+    return heap_.empty() ? kNever : heap_.front().end;
+  }
+  // Ends the flow whose time has come; its owner. Only right behind next_end().
   std::uint64_t finish_next();
 
   // Bytes that have crossed a link so far, up to `now`.
   double carried(LinkId link, double now);
-  std::size_t flows() const { return active_; }
+  std::size_t flows() const { return heap_.size(); }
 
  private:
   struct Flow {
     std::array<Hop, kMaxHops> hops;
     std::array<std::uint32_t, kMaxHops> place;  // in the links' lists
     std::uint8_t hop_count = 0;
-    bool active = false;
     std::uint64_t owner = 0;
     double left = 0;
     double most = 0;  // what its narrowest link would give it alone
     double rate = 0;
+    double next = 0;  // rate, while rates are shared out
+    bool open = false;
     double since = 0;
     std::uint32_t visit = 0;
     std::uint32_t heap_place = 0;
   };
+  static constexpr double kSame = 1e-9;  // rates that differ by less are one
+
   struct Use {
     FlowId flow;
     std::uint8_t hop;
   };
   struct Link {
     double capacity = 0;
-    double demand = 0;  // of its flows, each at its most
+    double used = 0;  // bytes/s
     double carried = 0;
     std::vector<Use> uses;
-    double left = 0;  // while rates are shared out
-    double weight = 0;
-    std::uint32_t visit = 0;
+    // While rates are shared out:
+    double left = 0, weight = 0;
+    double more = 0;            // what new rates of its flows add
+    std::uint32_t visit = 0;    // the change that reached it
+    std::uint32_t checked = 0;  // the round that added up `more`
 
-    bool may_bind() const { return demand > capacity * (1 + 1e-9); }
+    bool full() const { return used >= capacity * (1 - kSame); }
   };
   struct End {
     double end;
@@ -77,10 +87,14 @@ class FlowNet {
   };
 
   void settle(Flow& flow, double now);
-  void begin_change();
-  void reach(LinkId link);
-  void share(double now);
-  void give(Flow& flow, double rate, double now);
+  void change_at(double now);
+  void touch(LinkId link);
+  void share();
+  void reach();
+  void fill();
+  void give(Flow& flow, double rate);
+  bool overfull();
+  void adopt();
   void push(FlowId flow, double end);
   void remove(std::uint32_t place);
   void sift(std::uint32_t place);
@@ -90,11 +104,16 @@ class FlowNet {
   std::vector<Flow> flows_;
   std::vector<FlowId> free_;
   std::vector<End> heap_;
+  // Of the change under way: where it began, and what it reaches.
+  bool changed_ = false;
+  double changed_at_ = 0;
   std::vector<FlowId> touched_flows_;
-  std::vector<LinkId> touched_links_;
+  std::vector<LinkId> touched_links_, checked_links_;
+  std::size_t reached_ = 0;  // links whose flows are touched
+  std::uint32_t round_ = 0;
+  std::vector<std::pair<double, LinkId>> fullest_;  // a heap; first is the rate at which the link is full
   std::uint32_t visit_ = 0;
   std::uint64_t order_ = 0;
-  std::size_t active_ = 0;
 };
 
 }  // namespace dualkv::sim
