@@ -419,9 +419,10 @@ void Cluster::try_forward(std::uint32_t index) {
     agent.cached += item.tokens;
     if (options_.free_loads || !options_.layerwise) continue;
     if (first) move_loads(agent, FlowKind::kPassLoad, index, group.moving);
+    const std::uint32_t to_node = decode_cnic(agent.decode).node;
     double bytes = tokens_to_bytes(item.tokens);
     for (const Part& part : agent.parts) {
-      if (first && part.engine == agent.prefill) bytes += part.bytes;
+      if (first && part.node != to_node) bytes += part.bytes;
     }
     publish(item.agent, bytes);
   }
