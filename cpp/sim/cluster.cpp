@@ -96,7 +96,10 @@ SimResult Cluster::run() {
     const double flow_end = net_.next_end();
     const double event_time = events_.empty() ? FlowNet::kNever : events_.next_time();
     now_ = std::min(flow_end, event_time);
-    if (load.end_s > 0 && now_ > load.end_s) break;
+    if (load.end_s > 0 && now_ > load.end_s) {
+      now_ = load.end_s;
+      break;
+    }
     require(now_ < FlowNet::kNever, "nothing is due, and requests are on their way");
     ++result_.events;
     if (flow_end <= event_time) {
