@@ -264,7 +264,6 @@ void Cluster::start_load(std::uint32_t index, Path read) {
     }
     result_.recomputed_bytes += tokens_to_bytes(hit - agent.loaded);
   }
-  result_.hit_bytes += tokens_to_bytes(agent.loaded);
   agent.cached = agent.loaded;
   agent.work_s = work_s(agent);
   prefills_[agent.prefill].work_s += agent.work_s;
@@ -368,6 +367,7 @@ void Cluster::read_done(std::uint32_t index) {
 void Cluster::loaded(std::uint32_t index) {
   Agent& agent = agents_[index];
   agent.record.reading_s = static_cast<float>(now_ - agent.assigned);
+  result_.hit_bytes += tokens_to_bytes(agent.loaded);
   if (!options_.layerwise && !agent.parts.empty()) {
     move_loads(agent, FlowKind::kLoad, index, agent.moving);
     return;
