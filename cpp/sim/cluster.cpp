@@ -339,7 +339,8 @@ void Cluster::read_next(std::uint32_t index) {
   Node& node = nodes_[index];
   if (node.reading || node.queue.empty()) return;
   const double bytes = node.queue.front().bytes, room = options_.hardware.staging;
-  if (room > 0 && node.staged > 0 && node.staged + bytes > room) return;
+  const double slack = kByteSlack * (bytes + room);  // sums of doubles leave a trace behind
+  if (room > 0 && node.staged > slack && node.staged + bytes > room + slack) return;
   node.reading = true;
   node.staged += bytes;
   flow(bytes, FlowKind::kRead, index, {{node.snic, 1}, {node.dram, 1}});
