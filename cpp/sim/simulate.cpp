@@ -58,9 +58,10 @@ void check(const SimWorkload& load, double memory_tokens) {
     require(load.begins[i] > load.begins[i - 1], text("session ", i - 1, " has no turns"));
   }
   for (const SimTurn& turn : load.turns) {
-    require(turn.input_tokens > 0 && turn.hit_tokens < turn.input_tokens && turn.output_tokens > 0 && turn.think_s >= 0,
+    require(turn.input_tokens > 0 && turn.hit_tokens < turn.input_tokens && turn.output_tokens > 0,
             text("a turn of ", turn.input_tokens, " input, ", turn.hit_tokens, " hit and ", turn.output_tokens,
                  " output tokens: input must be more than hit, and output at least 1"));
+    not_negative(turn.think_s, "think_s");
     require(static_cast<double>(turn.input_tokens) + turn.output_tokens <= memory_tokens,
             text("a turn of ", turn.input_tokens, " + ", turn.output_tokens,
                  " tokens does not fit decode_memory_tokens = ", memory_tokens));
