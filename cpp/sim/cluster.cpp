@@ -627,7 +627,7 @@ void Cluster::finish(std::uint32_t index) {
     scheduler_->finished(agent.request);
     agent_of_.erase(agent.request);
   }
-  agent.record.decode_s = static_cast<float>(now_ - agent.first);
+  agent.record.decode_s = agent.turn->output_tokens < 2 ? 0 : static_cast<float>(now_ - agent.first);
   result_.requests.push_back(agent.record);
   ++finished_;
   if (agent.next_turn < agent.last_turn) {
