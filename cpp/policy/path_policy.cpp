@@ -123,15 +123,20 @@ Plan Split::plan(const PlanRequest& request) {
   const auto count = static_cast<std::uint32_t>(request.keys.size());
   const double block = bytes / std::max(count, 1u);
   std::vector<double> shares = share_out(sides, bytes).bytes;
-  // Those with the least go first, until few enough are left and each is worth its message.
+  // Helpers that are not worth their message go first, then those with the least, until few enough are left.
   while (sides.size() > 1) {
-    const auto least = std::min_element(shares.begin(), shares.end());
-    const auto at = least - shares.begin();
-    const bool idle = *least <= 0;
-    const bool small = sides[static_cast<std::size_t>(at)].path() == Path::kHelper && *least < helper_blocks_ * block;
+    auto gone = std::min_element(shares.begin(), shares.end());
+    bool small = false;
+    for (auto it = shares.begin(); it != shares.end(); ++it) {
+      const bool helper = sides[static_cast<std::size_t>(it - shares.begin())].path() == Path::kHelper;
+      if (!helper || *it >= helper_blocks_ * block || (small && *it >= *gone)) continue;
+      gone = it;
+      small = true;
+    }
+    const bool idle = *gone <= 0;
     if (!idle && !small && sides.size() <= max_sides_) break;
-    sides.erase(sides.begin() + at);
-    shares.erase(least);
+    sides.erase(sides.begin() + (gone - shares.begin()));
+    shares.erase(gone);
     if (!idle) shares = share_out(sides, bytes).bytes;
   }
   const std::vector<std::uint32_t> blocks = to_blocks(shares, count);
