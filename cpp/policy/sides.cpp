@@ -13,12 +13,38 @@ constexpr double kSlowestLink = 1.0 / 16;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int kBisections = 60;  // beyond the precision of a double's ratio of times
 
-// Largest amounts by `seconds`, each at most its limit.
-double total_by(const std::vector<Side>& sides, const std::vector<double>& limits, double seconds) {
-  double sum = 0;
-  for (std::size_t i = 0; i < sides.size(); ++i) sum += std::min(limits[i], sides[i].bytes_by(seconds));
-  return sum;
-}
+// What each side has by `seconds` if it keeps to its room; if that is too little for all, its room is filled first.
+class Supply {
+ public:
+  Supply(const std::vector<Side>& sides, double bytes) : sides_(sides) {
+    double room = 0;
+    for (const Side& side : sides) room += side.room_bytes();
+    crowded_ = room < bytes;
+  }
+  bool crowded() const { return crowded_; }
+  double of(const Side& side, double seconds) const {
+    const double room = side.room_bytes(), bytes = side.bytes_by(seconds);
+    return crowded_ ? std::max(room, bytes) : std::min(room, bytes);
+  }
+  double total(double seconds) const {
+    double sum = 0;
+    for (const Side& side : sides_) sum += of(side, seconds);
+    return sum;
+  }
+  // Enough for so many bytes.
+  double late(double bytes) const {
+    double one = kInfinity, all = 0;
+    for (const Side& side : sides_) {
+      if (crowded_ || side.room_bytes() >= bytes) one = std::min(one, side.seconds_for(bytes));
+      all = std::max(all, side.seconds_for(std::min(side.room_bytes(), bytes)));
+    }
+    return one < kInfinity ? one : all;
+  }
+
+ private:
+  const std::vector<Side>& sides_;
+  bool crowded_ = false;
+};
 
 }  // namespace
 
@@ -63,31 +89,20 @@ std::vector<Side> sides_of(const PlanRequest& request) {
 }
 
 Shares share_out(const std::vector<Side>& sides, double bytes) {
-  std::vector<double> limits;
-  double room = 0;
-  for (const Side& side : sides) {
-    limits.push_back(side.room_bytes());
-    room += limits.back();
-  }
-  if (!(room >= bytes)) std::fill(limits.begin(), limits.end(), kInfinity);
-  Shares out;
-  double early = 0, late = kInfinity;
-  for (std::size_t i = 0; i < sides.size(); ++i) {
-    if (limits[i] >= bytes) late = std::min(late, sides[i].seconds_for(bytes));
-  }
-  if (late == kInfinity) {
-    // Nobody has room for all: it is done when the last has filled what it has.
-    late = 0;
-    for (std::size_t i = 0; i < sides.size(); ++i) {
-      late = std::max(late, sides[i].seconds_for(std::min(limits[i], bytes)));
-    }
-  }
+  const Supply supply(sides, bytes);
+  double early = 0, late = supply.late(bytes);
   for (int i = 0; i < kBisections && late - early > late * 1e-12; ++i) {
     const double middle = early + (late - early) / 2;
-    (total_by(sides, limits, middle) < bytes ? early : late) = middle;
+    (supply.total(middle) < bytes ? early : late) = middle;
   }
+  Shares out;
   out.seconds = late;
-  for (std::size_t i = 0; i < sides.size(); ++i) out.bytes.push_back(std::min(limits[i], sides[i].bytes_by(late)));
+  for (const Side& side : sides) {
+    out.bytes.push_back(supply.of(side, late));
+    // A room that had to be filled may take longer.
+    if (supply.crowded() && out.bytes.back() > 0)
+      out.seconds = std::max(out.seconds, side.seconds_for(out.bytes.back()));
+  }
   return out;
 }
 
