@@ -53,7 +53,8 @@ Recompute::Recompute(std::shared_ptr<PathPolicy> inner, double margin) : inner_(
 
 Plan Recompute::plan(const PlanRequest& request) {
   const auto blocks = static_cast<std::uint32_t>(request.keys.size());
-  if (!request.prefill.compute_queue_s || !rate_.known() || blocks == 0) return inner_->plan(request);
+  const bool filled = request.prefill.block_bytes > 0 && request.prefill.tokens_per_block > 0;
+  if (!filled || !request.prefill.compute_queue_s || !rate_.known() || blocks == 0) return inner_->plan(request);
   const std::vector<Side> sides = sides_of(request);
   const double block_bytes = static_cast<double>(request.prefill.block_bytes);
   const std::uint64_t per_block = request.prefill.tokens_per_block;
@@ -64,24 +65,21 @@ Plan Recompute::plan(const PlanRequest& request) {
            rate_.seconds(loaded * per_block, (blocks - loaded) * per_block);
   };
   const double all = seconds(blocks);
-  // Loading shrinks and computing grows as blocks are left out: one minimum, or one at each end.
-  std::uint32_t low = 1, high = blocks;
-  while (high - low > 2) {
-    const std::uint32_t third = (high - low) / 3;
-    if (seconds(low + third) < seconds(high - third)) {
-      high -= third;
-    } else {
-      low += third;
-    }
-  }
   std::uint32_t best = blocks;
   double least = all;
-  for (const std::uint32_t candidate : {0u, low, std::min(low + 1, high), high}) {
-    const double took = seconds(candidate);
-    if (took < least) {
+  const auto consider = [&](std::uint32_t loaded) {
+    const double took = seconds(loaded);
+    if (took < least || (took == least && loaded > best)) {
       least = took;
-      best = candidate;
+      best = loaded;
     }
+  };
+  // Between two turning points, loading grows evenly and computing shrinks ever faster: the best is beside one of them.
+  consider(0);
+  for (const double bytes : turning_points(sides, blocks * block_bytes, *request.prefill.compute_queue_s)) {
+    const auto below = static_cast<std::uint32_t>(std::min(bytes / block_bytes, static_cast<double>(blocks)));
+    consider(below);
+    if (below < blocks) consider(below + 1);
   }
   if (best == blocks || least > all * (1 - margin_)) return inner_->plan(request);
   PlanRequest loaded = request;

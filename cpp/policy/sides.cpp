@@ -65,6 +65,16 @@ double Side::room_bytes() const {
   return static_cast<double>(view_->free_slots) * static_cast<double>(view_->block_bytes);
 }
 
+std::vector<double> Side::turns() const {
+  std::vector<double> out{seconds_for(0)};
+  // Where read_rate * t - read_queue = link_rate * t - link_queue.
+  if (link_rate_ > 0 && link_rate_ != read_rate_) {
+    out.push_back((read_queue_ - link_queue_) / (read_rate_ - link_rate_));
+  }
+  if (room_bytes() < kInfinity) out.push_back(seconds_for(room_bytes()));
+  return out;
+}
+
 std::vector<Side> sides_of(const PlanRequest& request) {
   std::vector<Side> sides{{request.prefill, Path::kPrefill}};
   if (request.decode) sides.push_back({*request.decode, Path::kDecode});
@@ -102,6 +112,22 @@ Shares share_out(const std::vector<Side>& sides, double bytes) {
     // A room that had to be filled may take longer.
     if (supply.crowded() && out.bytes.back() > 0)
       out.seconds = std::max(out.seconds, side.seconds_for(out.bytes.back()));
+  }
+  return out;
+}
+
+std::vector<double> turning_points(const std::vector<Side>& sides, double bytes, double seconds) {
+  std::vector<double> times{seconds};
+  for (const Side& side : sides) {
+    for (const double time : side.turns()) times.push_back(time);
+  }
+  std::vector<double> out;
+  for (const double most : {0.0, bytes}) {  // as long as there is room for all, and if there is none
+    const Supply supply(sides, most);
+    if (most > 0 && !supply.crowded()) break;
+    for (const double time : times) {
+      if (time >= 0) out.push_back(std::min(bytes, supply.total(time)));
+    }
   }
   return out;
 }

@@ -26,6 +26,8 @@ class Side {
   double seconds_for(double bytes) const;
   // Bytes its staging has room for at once; infinite if it does not say.
   double room_bytes() const;
+  // When its pace changes: it begins, it meets its link, its staging is full.
+  std::vector<double> turns() const;
 
  private:
   friend std::vector<Side> sides_of(const PlanRequest& request);
@@ -48,6 +50,10 @@ struct Shares {
   std::vector<double> bytes;
 };
 Shares share_out(const std::vector<Side>& sides, double bytes);
+
+// What all sides together are done with by `seconds`, and whenever the pace of one changes: up to `bytes`, and between
+// two of these amounts, the seconds of share_out() grow evenly.
+std::vector<double> turning_points(const std::vector<Side>& sides, double bytes, double seconds);
 
 // A plan without ranges and reason.
 Plan unread_plan(const PlanRequest& request);
