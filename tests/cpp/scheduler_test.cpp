@@ -639,6 +639,81 @@ TEST(Batch, FitsTimeOfAttentionFromMeasurements) {
   EXPECT_EQ(code_of([&] { AttentionModel(same, std::span(seconds).first(2)); }), Code::kInvalidArgument);
 }
 
+TEST(Batch, FitsContextsToo) {
+  std::mt19937 random(5);
+  std::vector<std::vector<Prefill>> batches;
+  std::vector<double> seconds;
+  for (int i = 0; i < 30; ++i) {
+    batches.emplace_back();
+    double work = 0, context = 0;
+    for (std::uint32_t k = 0; k < 1 + random() % 4; ++k) {
+      batches.back().push_back({random() % 50000, 1 + random() % 4000});
+      work += AttentionModel::operations(batches.back().back());
+      context += static_cast<double>(batches.back().back().cached + batches.back().back().tokens);
+    }
+    seconds.push_back(0.002 + 3e-9 * work + 4e-7 * context);
+  }
+  const AttentionModel model(batches, seconds);
+  EXPECT_NEAR(model.base_s(), 0.002, 1e-6);
+  EXPECT_NEAR(model.s_per_operation(), 3e-9, 1e-14);
+  EXPECT_NEAR(model.s_per_context(), 4e-7, 1e-11);
+  EXPECT_NEAR(model.seconds(batches[3]), seconds[3], 1e-9);
+  EXPECT_NEAR(model.cost_s({1000, 100}), 3e-9 * 100 * 1050 + 4e-7 * 1100, 1e-9) << "one, without the base";
+
+  // Without a term for contexts in the times, there is none in the fit.
+  for (std::size_t i = 0; i < batches.size(); ++i) {
+    seconds[i] = 0.002;
+    for (const Prefill& one : batches[i]) seconds[i] += 3e-9 * AttentionModel::operations(one);
+  }
+  const AttentionModel plain(batches, seconds);
+  EXPECT_NEAR(plain.s_per_operation(), 3e-9, 1e-14);
+  EXPECT_NEAR(plain.s_per_context(), 0, 1e-11);
+}
+
+TEST(Batch, WhatBatchesCannotTellApartIsOperations) {
+  // One, two or three alike: operations and contexts grow together.
+  const std::vector<std::vector<Prefill>> batches = {
+      {{900, 100}}, {{900, 100}, {900, 100}}, {{900, 100}, {900, 100}, {900, 100}}};
+  const AttentionModel model(batches, std::vector<double>{0.3, 0.5, 0.7});
+  EXPECT_EQ(model.s_per_context(), 0);
+  EXPECT_NEAR(model.s_per_operation(), 0.2 / (100 * 950), 1e-12);
+  EXPECT_NEAR(model.base_s(), 0.1, 1e-9);
+  EXPECT_NEAR(model.seconds(batches[1]), 0.5, 1e-9);
+  // Two batches: a line.
+  const std::vector<double> seconds = {0.3, 0.5};
+  const AttentionModel two{std::span(batches).first(2), seconds};
+  EXPECT_NEAR(two.seconds(batches[2]), 0.7, 1e-9);
+}
+
+TEST(Batch, NothingCostsLessThanNothing) {
+  const std::vector<std::vector<Prefill>> batches = {{{0, 100}}, {{5000, 10}}, {{0, 400}}, {{9000, 500}}, {{20000, 1}}};
+  const std::vector<std::vector<double>> times = {
+      {5, 4, 3, 2, 1}, {1, 1, 1, 1, 1}, {0, 0, 0, 9, 0}, {0, 5, 0, 0, 5}, {1, 0, 1, 0, 0}};
+  for (const std::vector<double>& seconds : times) {
+    const AttentionModel model(batches, seconds);
+    EXPECT_GE(model.base_s(), 0);
+    EXPECT_GE(model.s_per_operation(), 0);
+    EXPECT_GE(model.s_per_context(), 0);
+    for (const auto& batch : batches) EXPECT_GE(model.seconds(batch), 0);
+  }
+}
+
+TEST(Batch, ChunksCountTheirContext) {
+  // 1 ms a thousand tokens of context, 1 us a token behind 1000.
+  const AttentionModel model(0, 1e-9, 1e-6);
+  const std::vector<Prefill> waiting = {{1000, 100}, {3000, 500}};
+  const double first = 1100e-6 + 100 * 1050e-9;
+  EXPECT_TRUE(select_batch(model, waiting, 1e-3).empty()) << "its context alone is too much";
+  for (const double left : {3.1e-3, 3.5e-3, 4.0e-3}) {
+    const auto chosen = select_batch(model, waiting, first + left);
+    ASSERT_EQ(chosen.size(), 2u) << left;
+    EXPECT_EQ(chosen[0], 100u);
+    EXPECT_LE(model.cost_s({3000, chosen[1]}), left + 1e-12);
+    EXPECT_GT(model.cost_s({3000, chosen[1] + 1}), left);
+  }
+  EXPECT_EQ(select_batch(model, waiting, first + 3e-3), (std::vector<std::uint64_t>{100})) << "nothing of the second";
+}
+
 TEST(Batch, TakesRequestsInOrderAndTheLastInPart) {
   const AttentionModel model(0, 1e-6);
   const std::vector<Prefill> waiting = {{0, 100}, {1000, 50}, {0, 2000}, {0, 1}};
