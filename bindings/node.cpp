@@ -201,7 +201,12 @@ void register_node(py::module_& m) {
       .def_property_readonly("staging", [](Node& n) { return n.staging(); })
       .def("connect", &Node::connect, py::call_guard<py::gil_scoped_release>())
       .def("peer", &Node::peer)
-      .def("view", &Node::view)
+      .def("view",
+           [](const Node& node, std::optional<double> compute_queue_s) {
+             NodeView view = node.view();
+             view.compute_queue_s = compute_queue_s;
+             return view;
+           })
       .def("load",
            [](Node& n, const Plan& plan, const Cache& into, const Ids& ids, std::uint32_t prompt_blocks,
               std::uint64_t load_id, double deadline_s, std::uint32_t window, std::uint32_t layers_per_read) {

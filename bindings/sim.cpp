@@ -108,6 +108,8 @@ py::dict to_dict(const std::vector<SimRequest>& rows) {
   };
   out["agent"] = column<std::uint32_t>(rows, [](const SimRequest& r) { return r.agent; });
   out["turn"] = column<std::uint32_t>(rows, [](const SimRequest& r) { return r.turn; });
+  out["prefill"] = column<std::uint32_t>(rows, [](const SimRequest& r) { return r.prefill; });
+  out["decode"] = column<std::uint32_t>(rows, [](const SimRequest& r) { return r.decode; });
   out["arrival_s"] = column<double>(rows, [](const SimRequest& r) { return r.arrival_s; });
   add("scheduling_s", &SimRequest::scheduling_s);
   add("reading_s", &SimRequest::reading_s);

@@ -70,7 +70,7 @@ void SendQueue::on_closed(Link& link) {
 
 std::uint64_t SendQueue::bandwidth(const Link& link) const {
   const auto found = meters_.find(&link);
-  return found == meters_.end() ? 0 : found->second.bytes_per_s();
+  return found == meters_.end() ? 0 : found->second.estimate().bytes_per_s(Clock::now());
 }
 
 LayerSender::LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane,

@@ -88,8 +88,12 @@ SimResult Cluster::run() {
     agent.started = start;
     events_.add(start, EventKind::kArrive, i);
   }
+  // Groups of a role fetch at even distances: whoever comes behind a pause finds all that has gathered in it.
   for (std::uint32_t g = 0; g < fetch_groups_.size(); ++g) {
-    events_.add(options_.fetch_s * (g + 1) / static_cast<double>(fetch_groups_.size()), EventKind::kFetch, g);
+    const SimHardware& hw = options_.hardware;
+    const double place =
+        fetch_groups_[g].prefill ? (g + 0.5) / hw.prefill_nodes : (g - hw.prefill_nodes + 0.25) / hw.decode_nodes;
+    events_.add(options_.fetch_s * place, EventKind::kFetch, g);
   }
   events_.add(options_.window_s, EventKind::kWindow, 0);
   while (agents_done_ < agents_.size()) {
@@ -224,6 +228,8 @@ void Cluster::placed(std::uint32_t index, Path read) {
   ++decode.requests;
   decode.tokens += agent.turn->input_tokens + agent.turn->output_tokens;
   agent.assigned = now_;
+  agent.record.prefill = agent.prefill;
+  agent.record.decode = agent.decode;
   agent.record.scheduling_s = static_cast<float>(now_ - agent.record.arrival_s);
   start_load(index, read);
 }

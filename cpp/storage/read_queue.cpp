@@ -135,11 +135,11 @@ void ReadQueue::complete(const ReadCompletion& completion) {
     result.verify_time = Clock::now() - begin;
     if (!result.reason.empty()) result.outcome = {Code::kCorrupt, 0};
   }
-  meter_.add(bytes, Clock::now());
+  meter_.add(bytes, Clock::now(), !waiting_.empty());
   if (waiting_.empty() && running_.empty()) meter_.idle();
   {
     const std::lock_guard lock(counters_mutex_);
-    counters_.bandwidth = meter_.bytes_per_s();
+    counters_.bandwidth = meter_.estimate();
     counters_.queue_bytes -= bytes;
     ++counters_.blocks;
     counters_.bytes += completion.bytes;

@@ -41,7 +41,7 @@ struct ReadJob {
 struct ReadCounters {
   std::uint64_t blocks = 0, bytes = 0, errors = 0, corrupt = 0;
   std::uint64_t queue_bytes = 0;
-  std::uint64_t bandwidth = 0;
+  RateEstimate bandwidth;
 };
 
 // Lives on the progress thread. Slots of submitted reads are held until the backend is done with them, also when the

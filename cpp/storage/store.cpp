@@ -171,7 +171,7 @@ StoreStats StoreState::stats() const {
   stats.read_errors = reads.errors;
   stats.blocks_corrupt = reads.corrupt;
   stats.read_queue_bytes = reads.queue_bytes;
-  stats.read_bandwidth = reads.bandwidth;
+  stats.read_bandwidth = reads.bandwidth.bytes_per_s(Clock::now());
   const SaveCounters saves = writer_->counters();
   stats.blocks_saved = saves.blocks;
   stats.bytes_saved = saves.bytes;

@@ -95,13 +95,14 @@ struct SimOptions {
 struct SimRequest {
   std::uint32_t agent = 0;
   std::uint32_t turn = 0;
-  double arrival_s = 0;    // since the start
-  float scheduling_s = 0;  // until it had its engines
-  float reading_s = 0;     // until the hit was in staging
-  float queueing_s = 0;    // until its first forward pass
-  float prefill_s = 0;     // until its first token
-  float second_s = 0;      // from the first to the second token
-  float decode_s = 0;      // from the first to the last token
+  std::uint32_t prefill = 0, decode = 0;  // engines, of each role from 0 on
+  double arrival_s = 0;                   // since the start
+  float scheduling_s = 0;                 // until it had its engines
+  float reading_s = 0;                    // until the hit was in staging
+  float queueing_s = 0;                   // until its first forward pass
+  float prefill_s = 0;                    // until its first token
+  float second_s = 0;                     // from the first to the second token
+  float decode_s = 0;                     // from the first to the last token
   float output_tokens = 0;
 
   float ttft_s() const { return scheduling_s + reading_s + queueing_s + prefill_s; }

@@ -395,9 +395,14 @@ class Node:
         """A peer by name, whoever connected to whom. Raises Error ``not_found``."""
         return Peer(self._core.peer(name), self._geometry.layers)
 
-    def view(self) -> NodeView:
-        """What a policy needs to know of this node."""
-        return self._core.view()
+    def view(self, *, compute_queue_s: float | None = None) -> NodeView:
+        """What a policy needs to know of this node.
+
+        Args:
+            compute_queue_s: seconds that this node's engine will compute before it needs the hit, the request's own new
+                tokens included. :class:`dualkv.Recompute` needs it; without it, it leaves nothing to the engine.
+        """
+        return self._core.view(compute_queue_s)
 
     def load(
         self,

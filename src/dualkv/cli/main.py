@@ -10,6 +10,7 @@ from dualkv.cli.demo import demo
 from dualkv.cli.doctor import doctor
 from dualkv.cli.plan import plan
 from dualkv.cli.proxy import proxy
+from dualkv.cli.sim import sim
 from dualkv.cli.store import store
 
 
@@ -23,6 +24,7 @@ def cli() -> None:
       dualkv demo                      basic against dualpath, split and oracle, on this machine
       dualkv bench storage --path /mnt/kv   a figure, and the limit beside it
       dualkv doctor /mnt/kv            what this machine can do, and what to change
+      dualkv sim --validate paper      the simulator against published figures
       dualkv store verify /mnt/kv ...  check every stored block
     """
 
@@ -32,6 +34,7 @@ cli.add_command(demo)
 cli.add_command(doctor)
 cli.add_command(plan)
 cli.add_command(proxy)
+cli.add_command(sim)
 cli.add_command(store)
 
 

@@ -1,6 +1,7 @@
 """A prefill engine: loads a prompt's stored prefix layer by layer while it computes the rest.
 
 Everything an engine needs of dualkv is in :meth:`PrefillEngine.prefill`: match, plan, load, wait, publish, finish.
+With a :class:`dualkv.Recompute` policy, what takes longer to load than to compute is computed.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import numpy as np
 import dualkv
 from dualkv.engines.blocks import BlockPool, ResidentPrefixes
 
+_PACE_MEMORY = 0.9  # of the pace of computing, at each prefill
 _READ_FAILURES = {"not_found", "corrupt", "io"}  # a shorter hit may still work
 
 
@@ -55,6 +57,7 @@ class Prefilled:
     first_token: int
     load_id: int
     hit_blocks: int  # loaded from storage
+    recomputed_blocks: int  # in storage, but sooner computed
     resident_blocks: int  # were in the cache already; the decode node has them too
     retries: int
     result: dict[str, Any]
@@ -82,6 +85,8 @@ class PrefillEngine:
         self.resident = ResidentPrefixes() if resident else None
         self.blocks = BlockPool(compute.block_count)
         self._gpu = asyncio.Lock()  # one forward pass at a time; loads of later requests go on meanwhile
+        self._token_s = 0.0  # of computing, lately
+        self._tokens = 0  # that will be computed for the requests that are here
 
     async def prefill(
         self, tokens: "np.ndarray[Any, Any]", decode: dualkv.Peer, helpers: Sequence[dualkv.Peer] = ()
@@ -125,20 +130,23 @@ class PrefillEngine:
         helpers: Sequence[dualkv.Peer],
         deadline: float,
     ) -> Prefilled:
-        hit = self.node.store.match(keys)
+        stored = self.node.store.match(keys)
+        per_block = self.node.geometry.tokens_per_block
+        new = len(tokens) - (base + stored) * per_block
         plan = self.policy.plan(
-            keys[:hit],
-            prefill=self.node.view(),
+            keys[:stored],
+            prefill=self.node.view(compute_queue_s=(self._tokens + new) * self._token_s),
             decode=decode.view(),
             helpers=[helper.view() for helper in helpers if helper.connected],
         )
+        hit = len(plan.keys)
         load = self.node.load(
             plan,
             into=self.compute.kv,
             block_ids=block_ids[base:],
             deadline_s=max(0.001, deadline - time.monotonic()),
         )
-        done = Prefilled(0, load.id, hit, base, 0, {})
+        done = Prefilled(0, load.id, hit, stored - hit, base, 0, {})
         began = time.monotonic()
 
         def before_layer(layer: int) -> None:
@@ -150,11 +158,24 @@ class PrefillEngine:
             load.publish(layer)
             done.layer_done_s.append(time.monotonic() - began)
 
-        await load.layer(0)
-        async with self._gpu:
-            start = (base + hit) * self.node.geometry.tokens_per_block
-            done.first_token = await asyncio.to_thread(
-                self.compute.prefill, tokens, start, block_ids, before_layer, after_layer
-            )
+        start = (base + hit) * per_block
+        self._tokens += len(tokens) - start
+        try:
+            await load.layer(0)
+            async with self._gpu:
+                done.first_token = await asyncio.to_thread(
+                    self.compute.prefill, tokens, start, block_ids, before_layer, after_layer
+                )
+        finally:
+            self._tokens -= len(tokens) - start
         done.result = await load.finished()
+        self._learn(start, len(tokens) - start, done)
         return done
+
+    def _learn(self, cached: int, tokens: int, done: Prefilled) -> None:
+        """How long computing took, without the waits for layers."""
+        took = sum(end - begin for begin, end in zip(done.layer_compute_s, done.layer_done_s, strict=True))
+        memory = _PACE_MEMORY if self._token_s else 0.0
+        self._token_s = memory * self._token_s + (1 - memory) * took / tokens
+        if isinstance(self.policy, dualkv.Recompute):
+            self.policy.observe(cached, tokens, took)
