@@ -313,15 +313,17 @@ std::uint32_t Cluster::plan_load(Agent& agent, std::uint32_t blocks) {
   const Plan plan = options_.policy->plan(request);
   check_plan(plan);
   const auto planned = static_cast<std::uint32_t>(plan.keys.size());
-  require(planned <= blocks, text("policy '", options_.policy->name(), "' plans ", planned, " of ", blocks, " blocks"));
+  if (planned > blocks) {
+    throw Error(Code::kInvalidArgument, text("simulator: the policy plans ", planned, " blocks of a hit of ", blocks));
+  }
   // The hit may end within its last block.
   const double share =
       planned < blocks ? options_.model.tokens_per_block : static_cast<double>(agent.turn->hit_tokens) / blocks;
   for (const PathRange& range : plan.ranges) {
     const auto found = node_of_.find(range.node);
     if (found == node_of_.end()) {
-      throw Error(Code::kInvalidArgument, text("simulator: policy '", options_.policy->name(),
-                                               "' names no node of the cluster: '", range.node, "'"));
+      throw Error(Code::kInvalidArgument,
+                  text("simulator: the policy names '", range.node, "', which is no node of the cluster"));
     }
     const std::uint32_t node = found->second;
     std::uint32_t engine = agent.prefill;
@@ -608,7 +610,15 @@ void Cluster::try_join(std::uint32_t index) {
     agent.record.second_s = static_cast<float>(now_ - agent.first + 1.5 * decode.engine.step_s());
     any = true;
   }
-  if (any) events_.add(decode.engine.next_end(), EventKind::kDecode, index, ++decode.version);
+  if (any) expect_end(index);
+}
+
+// The event that was due is void: the batch has changed.
+void Cluster::expect_end(std::uint32_t index) {
+  Decode& decode = decodes_[index];
+  ++decode.version;
+  if (decode.engine.batch() == 0) return;
+  events_.add(decode.engine.next_end(), EventKind::kDecode, index, decode.version);
 }
 
 void Cluster::decoded(std::uint32_t index) {
@@ -616,10 +626,9 @@ void Cluster::decoded(std::uint32_t index) {
   const std::uint32_t done = decode.engine.leave(now_, [&](std::uint32_t agent) {
     return static_cast<double>(agents_[agent].turn->input_tokens) + agents_[agent].turn->output_tokens;
   });
-  ++decode.version;
   decode.held -= agents_[done].turn->input_tokens + agents_[done].turn->output_tokens;
   try_join(index);
-  events_.add(decode.engine.next_end(), EventKind::kDecode, index, ++decode.version);
+  expect_end(index);
   finish(done);
 }
 
@@ -704,12 +713,11 @@ void Cluster::window() {
 }
 
 // Nothing was lost on the way, and nothing is left behind.
-void Cluster::check_end() const {
+void Cluster::check_end() {
   double queued = 0, carried = 0;
-  FlowNet& net = const_cast<FlowNet&>(net_);  // settling changes no rate
   for (const Node& node : nodes_) {
     for (const Read& read : node.queue) queued += read.bytes;
-    carried += net.carried(node.snic, now_);
+    carried += net_.carried(node.snic, now_);
   }
   const bool all_done = agents_done_ == agents_.size();
   require(!all_done || (queued == 0 && net_.flows() == 0), "flows or reads are left though all agents are done");

@@ -134,11 +134,12 @@ class Cluster {
   void copied_in(std::uint32_t agent);
   void prompt_leaves(const Agent& agent);
   void try_join(std::uint32_t decode);
+  void expect_end(std::uint32_t decode);
   void decoded(std::uint32_t decode);
   void finish(std::uint32_t agent);
   void flow_ended(std::uint64_t owner);
   void window();
-  void check_end() const;
+  void check_end();
 
   void flow(double bytes, FlowKind kind, std::uint32_t owner, std::initializer_list<Hop> hops);
   NodeView view(const Node& node) const;

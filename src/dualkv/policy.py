@@ -1,17 +1,18 @@
 """Path policies: which node reads which blocks. Subclass :class:`PathPolicy` to write your own.
 
-``plan(keys, *, prefill, decode=None, helpers=())`` returns a :class:`dualkv.Plan` whose ranges tile its keys in order: the
-given ones, or the first of them (see :class:`Recompute`). A policy sees :class:`NodeView` values only: no clock, no I/O.
+``plan(keys, *, prefill, decode=None, helpers=())`` returns a :class:`dualkv.Plan` whose ranges tile its keys in order:
+the given ones, or the first of them (see :class:`Recompute`). A policy sees :class:`NodeView` values only: no clock,
+no I/O.
 
 A side is done with so many bytes when it has read what is queued before them, at its measured rate, and its link has
 carried them behind what is in flight there; staging limits what it takes at once. :class:`ShortestQueue`,
 :class:`Split` and :class:`Recompute` choose by these times; nothing is set by hand that is measured.
 
-``ShortestQueue(*, margin=0.1)``: the whole hit to the side that is done first (paper 6.1). It stays with the side it took
-last unless another is sooner by ``margin`` of the request's own reading time.
+``ShortestQueue(*, margin=0.1)``: the whole hit to the side that is done first (paper 6.1). It stays with the side it
+took last unless another is sooner by ``margin`` of the request's own reading time.
 
-``Split(*, max_sides=4, helper_blocks=4)``: shares that end at one instant, over at most ``max_sides`` nodes; helpers with
-fewer than ``helper_blocks`` blocks are left out.
+``Split(*, max_sides=4, helper_blocks=4)``: shares that end at one instant, over at most ``max_sides`` nodes; helpers
+with fewer than ``helper_blocks`` blocks are left out.
 """
 
 from dualkv import _dualkv
@@ -43,8 +44,8 @@ class Recompute(_dualkv.Recompute):
         inner: plans what is loaded; a :class:`Split` if not given.
         margin: of the time until the hit is there; what recomputing gains must be more, or everything is loaded.
 
-    ``observe(cached, tokens, seconds)``: computing ``tokens`` new tokens behind ``cached`` ones took ``seconds``, waits for
-    loads left out. Engines call it after each prefill; later ones count more.
+    ``observe(cached, tokens, seconds)``: computing ``tokens`` new tokens behind ``cached`` ones took ``seconds``, waits
+    for loads left out. Engines call it after each prefill; later ones count more.
     """
 
     def __init__(self, inner: PathPolicy | None = None, *, margin: float = 0.1) -> None:

@@ -16,6 +16,7 @@ CPP = {
     "storage": {"base", "memory", "shim", "storage"},
     "transport": {"base", "memory", "shim", "transport"},
     "policy": {"base", "policy"},
+    "sim": {"base", "sim"},  # policies as everybody sees them: through include
     "node": {"base", "memory", "node", "policy", "storage", "transport"},
     "limits": {"base", "limits", "memory", "shim"},
 }
@@ -31,13 +32,14 @@ PYTHON = {
     "traces": {"traces"},
     "engines": {"", "engines"},
     "demo": {"", "demo", "traces"},
-    "report": {"", "bench", "demo", "report"},
+    "report": {"", "bench", "demo", "report", "sim"},
     "doctor": {"", "doctor"},
     "bench": {"", "bench"},
     "integrations": {"", "integrations"},
     "planner": {"", "planner"},
+    "sim": {"", "demo", "engines", "planner", "sim", "traces"},
     "proxy": {"", "proxy"},
-    "cli": {"", "bench", "cli", "demo", "doctor", "planner", "proxy", "report"},
+    "cli": {"", "bench", "cli", "demo", "doctor", "planner", "proxy", "report", "sim"},
 }
 
 

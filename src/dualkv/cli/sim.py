@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,7 +35,9 @@ def _topology(_: click.Context, __: click.Parameter, value: str | None) -> tuple
     epilog="Example: dualkv sim --model ds660b --dataset 64K --agents 1024 --modes basic,scheduled,nway --html sim.html"
 )
 @click.option("--model", type=click.Choice(_MODELS), default="ds660b", show_default=True, help="Engine and hardware.")
-@click.option("--topology", callback=_topology, metavar="NPMD", help="Prefill and decode nodes; by default the model's.")
+@click.option(
+    "--topology", callback=_topology, metavar="NPMD", help="Prefill and decode nodes; by default the model's."
+)
 @click.option(
     "--dataset", type=click.Choice(["32K", "48K", "64K"]), default="64K", show_default=True, help="Generated sessions."
 )
@@ -45,7 +48,9 @@ def _topology(_: click.Context, __: click.Parameter, value: str | None) -> tuple
 )
 @click.option("--agents", type=click.IntRange(1), default=1024, show_default=True, help="That start together.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Agents/s that arrive instead, for --seconds.")
-@click.option("--seconds", type=click.FloatRange(1), default=3600.0, show_default=True, help="Of arrivals, with --rate.")
+@click.option(
+    "--seconds", type=click.FloatRange(1), default=3600.0, show_default=True, help="Of arrivals, with --rate."
+)
 @click.option(
     "--modes",
     default="basic,scheduled,nway,oracle",
@@ -125,7 +130,6 @@ def _simulate(options: dict[str, Any]) -> None:
 
 
 def _setup(options: dict[str, Any]) -> "Setup":
-    from dualkv import traces
     from dualkv.sim import MODELS, Setup, Workload
 
     rate = options["rate"] or 0.0
@@ -133,7 +137,7 @@ def _setup(options: dict[str, Any]) -> "Setup":
     agents = int(rate * end_s * 1.3) + 16 if rate else options["agents"]
     timing = {"agents_per_s": rate, "end_s": end_s, "seed": options["seed"]}
     if options["trace"]:
-        load = Workload.recorded(traces.read(options["trace"]), agents, **timing)
+        load = Workload.recorded(options["trace"], agents, **timing)
     else:
         load = Workload.generated(options["dataset"], agents, **timing)
     prefill, decode = options["topology"]
@@ -176,7 +180,7 @@ def _print_runs(fields: dict[str, Any]) -> None:
     _table("of TTFT", ("mode", *parts), shares)
 
 
-def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]], left: int = 1) -> None:
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -40,7 +40,8 @@ class Objectives:
                 return False
             if i >= apart and abs(mean - means[i - apart]) < _STEADY * means[i - apart]:
                 break
-        return bool(np.mean(outcome.tpot_s) <= self.tpot_s)
+        tpot = outcome.tpot_s  # nobody may have three tokens
+        return len(tpot) == 0 or float(np.mean(tpot)) <= self.tpot_s
 
 
 def capacity(

@@ -14,9 +14,9 @@ class Outcome:
 
     Attributes:
         jct_s: until the last answer.
-        requests: columns, one entry a request: ``agent, turn, prefill, decode`` (engines) ``, arrival_s, scheduling_s, reading_s,
-            queueing_s, prefill_s, second_s, decode_s, output_tokens`` (durations; ``second_s`` from the first to the second token, ``decode_s``
-            from the first to the last).
+        requests: columns, one entry a request: ``agent``, ``turn``, ``prefill`` and ``decode`` (engines),
+            ``arrival_s``, and durations: ``scheduling_s``, ``reading_s``, ``queueing_s``, ``prefill_s``, ``second_s``
+            (from the first to the second token), ``decode_s`` (from the first to the last), and ``output_tokens``.
         windows: columns over time, one entry each ``window_s``: ``prefill_snic, decode_snic, snic_max, cnic``
             (utilisation), ``attention_ratio`` (slowest over mean of a forward pass), ``running``, ``prompt_tokens``.
         agent_seconds: of each agent that is done.

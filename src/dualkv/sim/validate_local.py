@@ -72,9 +72,7 @@ def validate_local(
     turns: int = 9,
 ) -> LocalValidation:
     """Runs the demo with modelled compute, then predicts it from its options alone: nothing is fitted to the run."""
-    options = DemoOptions(
-        topologies=topologies, modes=modes, engine="modelled", agents=agents, turns=turns, seed=seed
-    )
+    options = DemoOptions(topologies=topologies, modes=modes, engine="modelled", agents=agents, turns=turns, seed=seed)
     measured = run_demo(options, progress)
     out = LocalValidation(labels=dict(measured.labels))
     for topology in topologies:

@@ -6,6 +6,7 @@ here is predicted.
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,11 +96,14 @@ class _Runner:
                 raise
         return out
 
+    def _jct(self, where: Where, mode: str) -> float:
+        return simulate(self.setup(where), mode).jct_s
+
     def jct(self, name: str, cells: Iterable[tuple[Where, str]]) -> dict[tuple[Where, str], float]:
         """JCT of each cell and mode."""
         wanted = [cell for cell in dict.fromkeys(cells) if cell not in self._known]
         wanted.sort(key=lambda cell: -cell[0].agents * int(cell[0].dataset.removesuffix("K")))
-        jobs = {cell: lambda cell=cell: simulate(self.setup(cell[0]), cell[1]).jct_s for cell in wanted}
+        jobs = {cell: functools.partial(self._jct, *cell) for cell in wanted}
         if jobs:
             self._known |= self.all(name, jobs)
         return self._known
@@ -123,7 +127,10 @@ def _label(where: Where) -> str:
 def _ratio_cells(run: _Runner, part: str, published: Mapping[Where, paper.Jct]) -> list[Cell]:
     modes = {"oracle": "oracle", "ours": "scheduled", "basic": "basic"}
     asked = [
-        (where, mode) for where, jct in published.items() for name, mode in modes.items() if getattr(jct, name) is not None
+        (where, mode)
+        for where, jct in published.items()
+        for name, mode in modes.items()
+        if getattr(jct, name) is not None
     ]
     jct = run.jct(part, asked)
     cells = []
@@ -173,7 +180,7 @@ def _balance(run: _Runner) -> list[Cell]:
     def ratio(mode: str) -> float:
         return simulate(run.setup(where), mode).snic_max_avg(paper.SNIC_SECONDS)
 
-    found = run.all("balance", {name: lambda mode=mode: ratio(mode) for name, mode in modes.items()})
+    found = run.all("balance", {name: functools.partial(ratio, mode) for name, mode in modes.items()})
     return [
         Cell("balance", f"{_label(where)}, {name}", "SNIC max/avg", published, found[name], found[name] - published)
         for name, published in paper.SNIC_MAX_AVG.items()
@@ -185,14 +192,16 @@ def _capacity(run: _Runner) -> list[Cell]:
         return capacity(run.setup(Where(model, "64K", 1)), mode, most=_CAPACITY_MOST[model])
 
     modes = ("scheduled", "basic", "oracle")
-    jobs = {(model, mode): lambda a=model, b=mode: found(a, b) for model in paper.CAPACITY for mode in modes}
+    jobs = {(model, mode): functools.partial(found, model, mode) for model in paper.CAPACITY for mode in modes}
     result = run.all("capacity", jobs)
     cells = []
     for model, published in paper.CAPACITY.items():
         ours = result[model, "scheduled"] / result[model, "basic"]
         rates = ", ".join(f"{mode} {result[model, mode]:.3f}" for mode in modes)
         cells.append(
-            Cell("capacity", f"{model} 64K ({rates} agents/s)", "ours/basic", published, ours, _relative(ours, published))
+            Cell(
+                "capacity", f"{model} 64K ({rates} agents/s)", "ours/basic", published, ours, _relative(ours, published)
+            )
         )
     return cells
 
@@ -211,7 +220,10 @@ def _scale(run: _Runner) -> list[Cell]:
         )
     published_ratio = paper.SCALE["large"][3] / paper.SCALE["small"][3]
     ratio = ours["large"] / ours["small"]
-    return [*cells, Cell("scale", "48P96D / 2P4D", "JCT ratio", published_ratio, ratio, _relative(ratio, published_ratio))]
+    return [
+        *cells,
+        Cell("scale", "48P96D / 2P4D", "JCT ratio", published_ratio, ratio, _relative(ratio, published_ratio)),
+    ]
 
 
 def _online(run: _Runner) -> list[Cell]:
@@ -220,7 +232,7 @@ def _online(run: _Runner) -> list[Cell]:
         outcome = run_at(setup, "scheduled", rate, _ONLINE_S)
         return tuple(float(np.mean(v)) for v in (outcome.ttft_s, outcome.ttst_s, outcome.tpot_s))  # type: ignore
 
-    jobs = {name: lambda row=row: figures(*row[:3]) for name, row in paper.ONLINE.items()}
+    jobs = {name: functools.partial(figures, *row[:3]) for name, row in paper.ONLINE.items()}
     found = run.all("online", jobs)
     cells = []
     for name, (prefill, decode, rate, *published) in paper.ONLINE.items():
@@ -297,9 +309,7 @@ def targets(found: Mapping[str, Any]) -> list[Target]:
     for model, published in paper.CAPACITY.items():
         ours = found["capacity"][model]
         errors[f"capacity, {model}"] = (None if ours is None else abs(_relative(ours, published)), 0.12)
-    return [
-        Target(name, error, limit, error <= limit) for name, (error, limit) in errors.items() if error is not None
-    ]
+    return [Target(name, error, limit, error <= limit) for name, (error, limit) in errors.items() if error is not None]
 
 
 def _inputs(seed: int) -> dict[str, Any]:
@@ -307,9 +317,7 @@ def _inputs(seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "engines": {name: dataclasses.asdict(engine) for name, engine in MODELS.items()},
-        "calibrated_on": "JCT of the Oracle column (Fig. 7); Oracle's TPOT online (Fig. 10); and one Basic cell a model",
+        "calibrated_on": "Oracle's JCT (Fig. 7), TTFT and TPOT (Fig. 10), and one Basic cell a model",
         "basic_cells": {model: _label(where) for model, where in paper.BASIC_CELLS.items()},
-        "setup": {
-            f.name: f.default for f in dataclasses.fields(Setup) if f.default is not dataclasses.MISSING
-        },
+        "setup": {f.name: f.default for f in dataclasses.fields(Setup) if f.default is not dataclasses.MISSING},
     }

@@ -1,5 +1,6 @@
 """What a simulated cluster is asked: sessions of agents, as arrays."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class Workload:
     @classmethod
     def recorded(
         cls,
-        sessions: Sequence[traces.Session],
+        sessions: Sequence[traces.Session] | str | os.PathLike[str],
         agents: int,
         *,
         think: bool = True,
@@ -67,7 +68,10 @@ class Workload:
         end_s: float = 0.0,
         seed: int = 1,
     ) -> "Workload":
-        """Of recorded sessions: hits are the full blocks that a turn shares with an earlier one of its session."""
+        """Of recorded sessions, or a trace file: hits are the full blocks that a turn shares with an earlier one of its
+        session. Raises what ``traces.read`` raises."""
+        if isinstance(sessions, str | os.PathLike):
+            sessions = traces.read(sessions)
         rows, thinks = [], []
         for session in sessions:
             turns = list(zip(session.turns, session.hit_tokens, strict=True))

@@ -1,0 +1,138 @@
+"""What goes beyond the paper's policy, against it: splits, idle nodes, recompute; on its workloads and on a trace."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dualkv import traces
+from dualkv.sim.capacity import capacity, run_at
+from dualkv.sim.engines import MODELS
+from dualkv.sim.run import Setup, simulate
+from dualkv.sim.workload import Workload
+
+Stage = Callable[[str, int], Callable[[], None]]
+
+PAPER = "scheduled"
+MODES = ("split", "nway", "recompute")
+_OFFLINE = {"ds27b": (512, 2048), "ds660b": (512, 2048), "qwen2.5-32b": (64, 256)}  # agents: few, and many
+_CAPACITY_MOST = {"ds27b": 1.2, "ds660b": 1.0, "qwen2.5-32b": 0.3}
+_LOAD = 0.8  # of the paper's capacity
+_ONLINE_S = 3600.0
+
+
+def beyond(stage: Stage, *, trace: str | None = None, seed: int = 1) -> dict[str, Any]:
+    """JCT offline, agents/s online, and TTFT at 0.8 of the paper's capacity, of each mode.
+
+    Returns:
+        ``{rows, summary}``. A row has ``workload``, ``figure``, a value for each mode, and ``<mode>_gain``: how much
+        better than ``scheduled``, relative; positive is better, whatever the figure.
+    """
+    loads: dict[str, tuple[Setup, float, tuple[int, ...]]] = {}
+    for model, engine in MODELS.items():
+        setup = Setup(engine, Workload.generated("64K", 1, seed=seed))
+        loads[f"{model} 64K"] = (setup, _CAPACITY_MOST[model], _OFFLINE[model])
+    if trace:
+        sessions = traces.read(trace)
+        for model, engine in MODELS.items():
+            fitting = [
+                session
+                for session in sessions
+                if all(turn.input_tokens + turn.output_tokens < engine.memory_tokens / 2 for turn in session.turns)
+            ]
+            setup = Setup(engine, Workload.recorded(fitting, 1, think=False, seed=seed))
+            loads[f"{model} trace"] = (setup, _CAPACITY_MOST[model], _OFFLINE[model])
+    rows = _offline(stage, loads) + _online(stage, loads)
+    return {"rows": rows, "summary": _summary(rows)}
+
+
+def _all(stage: Stage, name: str, jobs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    step = stage(name, len(jobs))
+    out = {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        pending = {pool.submit(job): key for key, job in jobs.items()}
+        for done in concurrent.futures.as_completed(pending):
+            out[pending[done]] = done.result()
+            step()
+    return out
+
+
+def _offline(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...]]]) -> list[dict[str, Any]]:
+    def jct(setup: Setup, agents: int, mode: str) -> float:
+        load = dataclasses.replace(setup.workload, agents=agents)
+        return simulate(dataclasses.replace(setup, workload=load), mode).jct_s
+
+    jobs = {
+        (name, agents, mode): functools.partial(jct, setup, agents, mode)
+        for name, (setup, _, counts) in loads.items()
+        for agents in counts
+        for mode in (PAPER, *MODES)
+    }
+    found = _all(stage, "offline", jobs)
+    rows = []
+    for name, (_, _, counts) in loads.items():
+        for agents in counts:
+            values = {mode: found[name, agents, mode] for mode in (PAPER, *MODES)}
+            rows.append(_row(f"{name}, {agents} agents", "JCT s", values, lower=True))
+    return rows
+
+
+def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...]]]) -> list[dict[str, Any]]:
+    jobs = {
+        (name, mode): functools.partial(capacity, setup, mode, most=most)
+        for name, (setup, most, _) in loads.items()
+        for mode in (PAPER, *MODES)
+    }
+    found = _all(stage, "capacity", jobs)
+    rows = []
+    for name in loads:
+        values = {mode: found[name, mode] for mode in (PAPER, *MODES)}
+        rows.append(_row(name, "capacity, agents/s", values, lower=False))
+
+    def ttft(setup: Setup, rate: float, mode: str) -> tuple[float, float]:
+        each = run_at(setup, mode, rate, _ONLINE_S).ttft_s
+        return float(np.mean(each)), float(np.percentile(each, 99))
+
+    latencies = {
+        (name, mode): functools.partial(ttft, setup, _LOAD * found[name, PAPER], mode)
+        for name, (setup, _, _) in loads.items()
+        for mode in (PAPER, *MODES)
+        if found[name, PAPER] > 0
+    }
+    times = _all(stage, "latency", latencies)
+    for name in loads:
+        if found[name, PAPER] == 0:
+            continue
+        label = f"{name}, {_LOAD * found[name, PAPER]:.3f} agents/s"
+        for i, figure in enumerate(("TTFT mean s", "TTFT p99 s")):
+            values = {mode: times[name, mode][i] for mode in (PAPER, *MODES)}
+            rows.append(_row(label, figure, values, lower=True))
+    return rows
+
+
+def _row(workload: str, figure: str, values: Mapping[str, float], *, lower: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"workload": workload, "figure": figure, **values}
+    base = values[PAPER]
+    for mode in MODES:
+        gain = (base - values[mode] if lower else values[mode] - base) / base if base else 0.0
+        row[f"{mode}_gain"] = gain
+    return row
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each mode: the least gain of JCT and capacity, the largest, and the least gain of p99 TTFT."""
+    out = {}
+    for mode in MODES:
+        amounts = [row[f"{mode}_gain"] for row in rows if not row["figure"].startswith("TTFT")]
+        tails = [row[f"{mode}_gain"] for row in rows if row["figure"] == "TTFT p99 s"]
+        out[mode] = {
+            "worst_gain": min(amounts, default=0.0),
+            "best_gain": max(amounts, default=0.0),
+            "worst_p99_ttft_gain": min(tails, default=0.0),
+            "best_p99_ttft_gain": max(tails, default=0.0),
+        }
+    return out
