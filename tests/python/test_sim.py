@@ -259,8 +259,8 @@ def test_the_demo_is_predicted_from_its_options() -> None:
 
 def test_the_command_knows_what_there_is() -> None:
     assert set(_MODELS) == set(MODELS)
-    assert _MODES == tuple(MODES)
-    assert _PARTS == tuple(PARTS)
+    assert tuple(MODES) == _MODES
+    assert tuple(PARTS) == _PARTS
 
 
 def test_command(tmp_path: Path) -> None:
