@@ -46,9 +46,9 @@ class _Cluster:
             for engine in names:
                 self.scheduler.join(engine, role, group=name, node=name)  # type: ignore[arg-type]
             self.groups.append((name, names))
-        self.seen: collections.Counter[str] = collections.Counter()
-        self.tokens: collections.Counter[str] = collections.Counter()
-        self.count: collections.Counter[str] = collections.Counter()
+        self.seen: collections.defaultdict[str, int] = collections.defaultdict(int)
+        self.tokens: collections.defaultdict[str, int] = collections.defaultdict(int)
+        self.count: collections.defaultdict[str, int] = collections.defaultdict(int)
         self.placed: collections.deque[tuple[int, str, str, int]] = collections.deque()
         self.sizes: dict[int, int] = {}
         self.spent_s = 0.0
@@ -69,7 +69,8 @@ class _Cluster:
         self.spent_s += time.perf_counter() - began
 
     def fetch(self, name: str, engines: list[str]) -> None:
-        """A group's turn."""
+        """A group's turn: reports are made, answers read and taken in."""
+        began = time.perf_counter()
         reports = [
             dualkv.EngineReport(
                 engine,
@@ -80,18 +81,18 @@ class _Cluster:
             )
             for engine in engines
         ]
-        began = time.perf_counter()
         got = self.scheduler.fetch(name, reports)
-        assignments, placements = got.assignments, got.placements
-        self.spent_s += time.perf_counter() - began
-        for one in assignments:
-            self.seen[one.engine] = one.number
-            self.tokens[one.engine] += self.sizes[one.request]
-            self.count[one.engine] += 1
-        for one in placements:
-            reader = one.decode if one.read == dualkv.Path.DECODE else one.prefill
+        for one in got.assignments:
+            engine = one.engine
+            self.seen[engine] = one.number
+            self.tokens[engine] += self.sizes[one.request]
+            self.count[engine] += 1
+        for one in got.placements:
+            request, prefill, decode = one.request, one.prefill, one.decode
+            reader = decode if one.read == dualkv.Path.DECODE else prefill
             self.seen[reader] = max(self.seen[reader], one.number)
-            self.placed.append((one.request, one.prefill, one.decode, self.sizes[one.request]))
+            self.placed.append((request, prefill, decode, self.sizes[request]))
+        self.spent_s += time.perf_counter() - began
 
     def finish(self, keep: int) -> None:
         """All but the newest ``keep`` are computed and decoded."""
@@ -110,7 +111,7 @@ class _Cluster:
 
 
 def run_policy(options: PolicyOptions, stage: Stage) -> BenchResult:
-    """Requests come, are assigned, placed, and end; only the scheduler's calls are timed. Raises Error."""
+    """Requests come, are assigned, placed, and end; what a caller does for that is timed too. Raises Error."""
     options.check()
     cluster = _Cluster(options)
     keep = options.engines * _IN_FLIGHT // 2

@@ -23,6 +23,7 @@ _OFFLINE = {"ds27b": (512, 2048), "ds660b": (512, 2048), "qwen2.5-32b": (64, 256
 _CAPACITY_MOST = {"ds27b": 1.2, "ds660b": 1.0, "qwen2.5-32b": 0.3}
 _LOAD = 0.8  # of the paper's capacity
 _ONLINE_S = 3600.0
+_PRECISION = 0.01
 
 
 def beyond(stage: Stage, *, trace: str | None = None, seed: int = 1) -> dict[str, Any]:
@@ -83,11 +84,16 @@ def _offline(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ..
 
 def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...]]]) -> list[dict[str, Any]]:
     jobs = {
-        (name, mode): functools.partial(capacity, setup, mode, most=most)
+        (name, PAPER): functools.partial(capacity, setup, PAPER, most=most, precision=_PRECISION)
         for name, (setup, most, _) in loads.items()
-        for mode in (PAPER, *MODES)
     }
-    found = _all(stage, "capacity", jobs)
+    found = _all(stage, f"capacity, {PAPER}", jobs)
+    jobs = {
+        (name, mode): functools.partial(capacity, setup, mode, most=most, near=found[name, PAPER], precision=_PRECISION)
+        for name, (setup, most, _) in loads.items()
+        for mode in MODES
+    }
+    found |= _all(stage, "capacity, beyond", jobs)
     rows = []
     for name in loads:
         values = {mode: found[name, mode] for mode in (PAPER, *MODES)}

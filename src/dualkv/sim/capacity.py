@@ -49,16 +49,27 @@ def capacity(
     mode: Mode | str,
     *,
     most: float,
+    near: float | None = None,
     objectives: Objectives | None = None,
     precision: float = 0.02,
     on_step: Callable[[], None] = lambda: None,
 ) -> float:
     """Agents/s up to which the objectives hold, by bisection below ``most``, within ``precision`` of it.
 
+    ``near``: where it is expected; saves steps if it is within a fifth of that.
+
     Poisson arrivals for two hours, each agent from its first round. ``setup.workload``'s sessions and seed are used.
     """
     objectives = objectives or Objectives()
     low, high = 0.0, most
+    for rate in () if near is None else (0.8 * near, 1.2 * near):
+        if not low < rate < high:
+            continue
+        if objectives.hold(run_at(setup, mode, rate)):
+            low = rate
+        else:
+            high = rate
+        on_step()
     while high - low > precision * high:
         rate = (low + high) / 2
         if objectives.hold(run_at(setup, mode, rate)):
