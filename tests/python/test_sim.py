@@ -221,8 +221,8 @@ def test_the_balance_of_storage_nics_is_as_published() -> None:
 
 def test_summary_and_targets() -> None:
     cells = [
-        Cell("offline", "a", "basic/ours", 2.0, 2.2, 0.1),
-        Cell("ratios", "b", "basic/ours", 2.0, 1.4, -0.3),
+        Cell("offline", "a 32K", "basic/ours", 2.0, 2.2, 0.1),
+        Cell("ratios", "b 32K", "basic/ours", 2.0, 1.4, -0.3),
         Cell("offline", "a", "JCT s, ours", 1.0, 9.0, 8.0),
         Cell("ablation", "c", "% of JCT cut", 17.0, 10.0, -7.0),
         Cell("capacity", "ds27b 64K", "ours/basic", 1.67, 1.7, 0.018),
@@ -231,6 +231,7 @@ def test_summary_and_targets() -> None:
     found = summary(cells)
     assert found["ratio_mae"] == pytest.approx(0.2)
     assert found["ratio_worst"] == 0.3
+    assert found["ratio_mae_by_model"] == {"a": 0.1, "b": 0.3}
     assert found["ablation_worst_points"] == 7.0
     assert found["capacity"] == {"ds27b": 1.7, "ds660b": None}
     assert {target.name: target.met for target in targets(found)} == {

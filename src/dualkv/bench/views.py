@@ -138,13 +138,14 @@ _POLICY = View(
     "what scheduling costs",
     (
         own("µs a\nrequest", "us_per_request", _two),
+        own("around\nthem", "around_us_per_request", _two),
         own("\nrequests", "requests", _whole),
         own("waiting\nat the end", "waiting", _whole),
         own("RSS MiB, a\nquarter in", "rss_first_mib", _two),
         own("\nat the end", "rss_last_mib", _two),
     ),
     note="a request: submit, assignment to both engines, choice of the reading side, end; reports of every engine "
-    "with every fetch of its group.",
+    "with every fetch of its group. Around them: making the reports and reading the answers, in Python.",
 )
 
 _OWN: dict[str, tuple[View, ...]] = {

@@ -279,7 +279,10 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
         return [cell for cell in cells if cell.part == part and (not what or cell.what == what)]
 
     # A setting that two figures show (1P1D) counts in each, as it was published twice.
-    ratios = [abs(cell.error) for part in ("offline", "ratios", "scaling") for cell in of(part, "basic/ours")]
+    compared = [cell for part in ("offline", "ratios", "scaling") for cell in of(part, "basic/ours")]
+    ratios = [abs(cell.error) for cell in compared]
+    models = {cell.name.split()[0] for cell in compared}
+    by_model = {m: float(np.mean([abs(c.error) for c in compared if c.name.split()[0] == m])) for m in sorted(models)}
     ablation = [abs(cell.error) for cell in of("ablation")]
     balance = {cell.name.rsplit(", ", 1)[1]: cell.ours for cell in of("balance")}
     capacities = {cell.name.split()[0]: cell.ours for cell in of("capacity")}
@@ -287,6 +290,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "ratio_mae": float(np.mean(ratios)) if ratios else None,
         "ratio_worst": max(ratios, default=None),
+        "ratio_mae_by_model": by_model,
         "ablation_worst_points": max(ablation, default=None),
         "snic_max_avg": {name: balance.get(name) for name in paper.SNIC_MAX_AVG},
         "scale_ratio": scale[0].ours if scale else None,
