@@ -57,6 +57,18 @@ def test_two_prefill_engines(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("engine", ["modelled", "torch"])
+def test_recompute_is_exact_and_reads_less(tmp_path: Path, engine: str) -> None:
+    if engine == "torch":
+        pytest.importorskip("torch")
+    slow = ["--snic-limit", "60MB/s", "--modes", "basic,recompute"]
+    result = run(tmp_path, "--engine", engine, *slow)
+    check(result, 2)
+    read = [sum(one["bytes"][path] for path in ("pe_path", "de_path", "helper_path")) for one in result["runs"]]
+    assert read[1] < read[0], "some of the hits were computed again"
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize("model", ["gqa", "mla"])
 def test_torch_engine_says_exactly_the_tokens_of_generation_without_a_cache(tmp_path: Path, model: str) -> None:
     pytest.importorskip("torch")

@@ -12,7 +12,7 @@ from dualkv.cli import values
 from dualkv.cli.progress import bars
 from dualkv.demo.cluster import Topology
 from dualkv.demo.results import DemoResult, ModeRun
-from dualkv.demo.run import MODES, DemoOptions, run_demo
+from dualkv.demo.run import COMPARED, MODES, DemoOptions, run_demo
 from dualkv.sizes import format_size
 
 
@@ -33,7 +33,11 @@ def _topologies(_: click.Context, __: click.Parameter, value: str) -> tuple[Topo
     help="Prefill and decode engines; several are run one after another.",
 )
 @click.option(
-    "--modes", default=",".join(MODES), callback=values.names(*MODES), show_default=True, help="What to compare."
+    "--modes",
+    default=",".join(COMPARED),
+    callback=values.names(*MODES),
+    show_default=True,
+    help=f"What to compare: of {', '.join(MODES)}.",
 )
 @click.option(
     "--engine",
@@ -80,7 +84,8 @@ def demo(as_json: bool, html: str | None, topology: tuple[Topology, ...], **othe
 
     Starts prefill and decode engines as processes, gives each a storage NIC of limited speed, and replays multi-turn
     agents against real files: basic (prefill side reads all), dualpath (the side with the shorter queue reads),
-    split (all sides read one request together), oracle (hits cost nothing).
+    split (all sides read one request together), recompute (as split, but what takes longer to load than to compute is
+    computed), oracle (hits cost nothing).
     """
     options = DemoOptions(topologies=topology, **others)
     if html:

@@ -33,8 +33,10 @@ MODES = {
     "basic": Mode("prefill_only"),
     "dualpath": Mode("shortest_queue"),
     "split": Mode("split", spread=True),
+    "recompute": Mode("recompute", spread=True),
     "oracle": Mode("prefill_only", resident=True),
 }
+COMPARED = ("basic", "dualpath", "split", "oracle")
 
 # A 16-layer GQA model whose KV is large for its compute (64 KiB a token in fp32), as long contexts are.
 TORCH_VOCAB = 512
@@ -58,7 +60,7 @@ class DemoOptions:
     """What to run."""
 
     topologies: Sequence[Topology] = (Topology(1, 1),)
-    modes: Sequence[str] = tuple(MODES)
+    modes: Sequence[str] = COMPARED
     engine: str = "torch"
     model: str = "gqa"
     transport: str = "tcp"

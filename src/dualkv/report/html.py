@@ -36,6 +36,7 @@ _MODES = {
     "dualpath": "each request is loaded by the node with the shorter read queue: the prefill node (PE path), or the "
     "decode node, which reads with its own storage NIC and streams each layer to the prefill node (DE path).",
     "split": "each request is divided among all these storage NICs at once, idle nodes' included (helper path).",
+    "recompute": "as split, but the last blocks of a hit are computed again where that is sooner than loading them.",
     "oracle": "what is stored is in the engines' caches before the clock starts, so loading costs nothing: the bound "
     "that no loading can beat.",
 }
