@@ -124,7 +124,7 @@ class ShortestQueue : public PathPolicy {
 // (6.1).
 class Split : public PathPolicy {
  public:
-  // At most `max_sides` read: those that would be done with it first. Helpers with less than `helper_blocks` are left
+  // At most `max_sides` read: those with the largest shares. Helpers with less than `helper_blocks` are left
   // out: a message and a link for nothing. Throws Error(kInvalidArgument) for max_sides = 0.
   explicit Split(std::uint32_t max_sides = 4, std::uint32_t helper_blocks = 4);
   std::string name() const override { return "split"; }
@@ -159,8 +159,8 @@ class PrefillRate {
 
 // Plans with another policy, but leaves the hit's last blocks to the engine where computing them again is sooner than
 // loading them: storage brings the first blocks while the engine is busy with what it has, and the boundary is where
-// both are done. Needs NodeView::compute_queue_s of the prefill node and observed prefills; else it plans like the
-// other policy. What it gains must be at least `margin` of the time. Not thread-safe.
+// both are done, if all sides load. Needs NodeView::compute_queue_s of the prefill node and observed prefills; else it
+// plans like the other policy. What it gains must be at least `margin` of the time. Not thread-safe.
 class Recompute : public PathPolicy {
  public:
   // Throws Error(kInvalidArgument) for no policy, or unless 0 <= margin < 1.

@@ -1,10 +1,8 @@
 """What goes beyond the paper's policy, against it: splits, idle nodes, recompute; on its workloads and on a trace."""
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,10 +10,9 @@ import numpy as np
 from dualkv import traces
 from dualkv.sim.capacity import capacity, run_at
 from dualkv.sim.engines import MODELS
+from dualkv.sim.parallel import Stage, run_all
 from dualkv.sim.run import Setup, simulate
 from dualkv.sim.workload import Workload
-
-Stage = Callable[[str, int], Callable[[], None]]
 
 PAPER = "scheduled"
 MODES = ("split", "nway", "recompute")
@@ -52,17 +49,6 @@ def beyond(stage: Stage, *, trace: str | None = None, seed: int = 1) -> dict[str
     return {"rows": rows, "summary": _summary(rows)}
 
 
-def _all(stage: Stage, name: str, jobs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    step = stage(name, len(jobs))
-    out = {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        pending = {pool.submit(job): key for key, job in jobs.items()}
-        for done in concurrent.futures.as_completed(pending):
-            out[pending[done]] = done.result()
-            step()
-    return out
-
-
 def _offline(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...]]]) -> list[dict[str, Any]]:
     def jct(setup: Setup, agents: int, mode: str) -> float:
         load = dataclasses.replace(setup.workload, agents=agents)
@@ -74,7 +60,7 @@ def _offline(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ..
         for agents in counts
         for mode in (PAPER, *MODES)
     }
-    found = _all(stage, "offline", jobs)
+    found = run_all(stage, "offline", jobs)
     rows = []
     for name, (_, _, counts) in loads.items():
         for agents in counts:
@@ -88,13 +74,13 @@ def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...
         (name, PAPER): functools.partial(capacity, setup, PAPER, most=most, precision=_PRECISION)
         for name, (setup, most, _) in loads.items()
     }
-    found = _all(stage, f"capacity, {PAPER}", jobs)
+    found = run_all(stage, f"capacity, {PAPER}", jobs)
     jobs = {
         (name, mode): functools.partial(capacity, setup, mode, most=most, near=found[name, PAPER], precision=_PRECISION)
         for name, (setup, most, _) in loads.items()
         for mode in MODES
     }
-    found |= _all(stage, "capacity, beyond", jobs)
+    found |= run_all(stage, "capacity, beyond", jobs)
     rows = []
     for name in loads:
         values = {mode: found[name, mode] for mode in (PAPER, *MODES)}
@@ -111,7 +97,7 @@ def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...
         for mode in (PAPER, *MODES)
         if found[name, PAPER] > 0
     }
-    times = _all(stage, "latency", latencies)
+    times = run_all(stage, "latency", latencies)
     for name in loads:
         if found[name, PAPER] == 0:
             continue

@@ -4,10 +4,8 @@ Compute was calibrated on the Oracle column and one Basic cell a model (:mod:`du
 here is predicted.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +17,9 @@ from dualkv.sim import paper
 from dualkv.sim.capacity import capacity, run_at
 from dualkv.sim.engines import MODELS
 from dualkv.sim.paper import Where
+from dualkv.sim.parallel import Stage, run_all
 from dualkv.sim.run import Setup, simulate
 from dualkv.sim.workload import Workload
-
-Stage = Callable[[str, int], Callable[[], None]]
 
 _CAPACITY_MOST = {"ds27b": 1.2, "ds660b": 1.0}  # agents/s; beyond what any mode can serve
 _ONLINE_S = 3600.0
@@ -66,13 +63,12 @@ class Validation:
 
 
 class _Runner:
-    """Runs setups on all cores; each setup and mode once."""
+    """Runs each setup and mode once."""
 
     def __init__(self, seed: int, stage: Stage) -> None:
         self.seed = seed
-        self._stage = stage
+        self.stage = stage
         self._known: dict[tuple[Where, str], float] = {}
-        self._workers = os.cpu_count() or 1
 
     def setup(self, where: Where, **changes: Any) -> Setup:
         engine = MODELS[where.model]
@@ -80,21 +76,6 @@ class _Runner:
             where.dataset, where.agents, seed=self.seed, append=where.append, generate=where.generate
         )
         return Setup(engine, load, where.prefill_nodes, where.decode_nodes, **changes)
-
-    def all(self, name: str, jobs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-        """Results by key; the longest first is the caller's business."""
-        step = self._stage(name, len(jobs))
-        out = {}
-        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
-            pending = {pool.submit(job): key for key, job in jobs.items()}
-            try:
-                for done in concurrent.futures.as_completed(pending):
-                    out[pending[done]] = done.result()
-                    step()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        return out
 
     def _jct(self, where: Where, mode: str) -> float:
         return simulate(self.setup(where), mode).jct_s
@@ -105,7 +86,7 @@ class _Runner:
         wanted.sort(key=lambda cell: -cell[0].agents * int(cell[0].dataset.removesuffix("K")))
         jobs = {cell: functools.partial(self._jct, *cell) for cell in wanted}
         if jobs:
-            self._known |= self.all(name, jobs)
+            self._known |= run_all(self.stage, name, jobs)
         return self._known
 
 
@@ -180,7 +161,7 @@ def _balance(run: _Runner) -> list[Cell]:
     def ratio(mode: str) -> float:
         return simulate(run.setup(where), mode).snic_max_avg(paper.SNIC_SECONDS)
 
-    found = run.all("balance", {name: functools.partial(ratio, mode) for name, mode in modes.items()})
+    found = run_all(run.stage, "balance", {name: functools.partial(ratio, mode) for name, mode in modes.items()})
     return [
         Cell("balance", f"{_label(where)}, {name}", "SNIC max/avg", published, found[name], found[name] - published)
         for name, published in paper.SNIC_MAX_AVG.items()
@@ -193,7 +174,7 @@ def _capacity(run: _Runner) -> list[Cell]:
 
     modes = ("scheduled", "basic", "oracle")
     jobs = {(model, mode): functools.partial(found, model, mode) for model in paper.CAPACITY for mode in modes}
-    result = run.all("capacity", jobs)
+    result = run_all(run.stage, "capacity", jobs)
     cells = []
     for model, published in paper.CAPACITY.items():
         ours = result[model, "scheduled"] / result[model, "basic"]
@@ -233,7 +214,7 @@ def _online(run: _Runner) -> list[Cell]:
         return tuple(float(np.mean(v)) for v in (outcome.ttft_s, outcome.ttst_s, outcome.tpot_s))  # type: ignore
 
     jobs = {name: functools.partial(figures, *row[:3]) for name, row in paper.ONLINE.items()}
-    found = run.all("online", jobs)
+    found = run_all(run.stage, "online", jobs)
     cells = []
     for name, (prefill, decode, rate, *published) in paper.ONLINE.items():
         for what, theirs, ours in zip(("TTFT s", "TTST s", "TPOT s"), published, found[name], strict=True):
