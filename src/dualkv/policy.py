@@ -34,6 +34,9 @@ __all__ = [
 class Recompute(_dualkv.Recompute):
     """Plans with another policy, but leaves the hit's last blocks to the engine where computing is sooner than loading.
 
+    For storage that is slower than compute. It decides for one request: where many wait for shared storage that is
+    faster than compute, each computes rather than waits, and all of them end later (docs/simulator.md).
+
     Storage brings the first blocks while the engine works off what it has; the boundary is where both are done. Then
     ``plan.keys`` are only the blocks that are loaded, and ``plan.recompute_blocks`` those behind them: prefill begins
     behind ``len(plan.keys)`` blocks. Nothing is recomputed for a prefill view without ``compute_queue_s`` (pass
