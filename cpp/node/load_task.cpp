@@ -5,6 +5,7 @@
 #include <array>
 
 #include "base/hash.h"
+#include "base/require.h"
 #include "base/text.h"
 #include "memory/copier.h"
 #include "storage/block_format.h"
@@ -15,10 +16,6 @@ namespace {
 
 constexpr std::size_t kMaxSources = 32;              // bits of Block::tried
 constexpr std::size_t kMaxBlocksPerMessage = 65536;  // 37 bytes each: well within a message's 4 MiB
-
-void require(bool fine, Code code, const std::string& message) {
-  if (!fine) throw Error(code, message);
-}
 
 std::uint32_t layers_per_read(const LoadRequest& request, std::uint32_t layers) {
   const std::uint32_t window = request.window_layers;
@@ -85,31 +82,30 @@ void LoadTask::check_request() const {
   check_plan(request_.plan);
   require(request_.into != nullptr, invalid, "load: no KV cache given (into)");
   require(request_.into->layers() == layers_, invalid, "load: the KV cache has another number of layers");
-  require(request_.layers_per_read <= layers_, invalid,
-          text("load: layers_per_read ", request_.layers_per_read, ": the model has ", layers_, " layers"));
-  require(request_.deadline_s > 0 && request_.deadline_s <= 86400, invalid,
-          text("load: deadline ", request_.deadline_s, " s: must be more than 0 and at most a day"));
-  require(block_ids_.size() >= hit_, invalid,
-          text("load: ", block_ids_.size(), " block ids for a hit of ", hit_, " blocks"));
+  require(request_.layers_per_read <= layers_, invalid, "load: layers_per_read ", request_.layers_per_read,
+          ": the model has ", layers_, " layers");
+  require(request_.deadline_s > 0 && request_.deadline_s <= 86400, invalid, "load: deadline ", request_.deadline_s,
+          " s: must be more than 0 and at most a day");
+  require(block_ids_.size() >= hit_, invalid, "load: ", block_ids_.size(), " block ids for a hit of ", hit_, " blocks");
   check_places(block_ids_);
-  require(!node_.has_load(id_), invalid, text("load: a load of id ", id_, " is in progress"));
-  require(request_.plan.prefill.empty() || request_.plan.prefill == node_.name(), invalid,
-          text("load: the plan is for '", request_.plan.prefill, "', this node is '", node_.name(), "'"));
+  require(!node_.has_load(id_), invalid, "load: a load of id ", id_, " is in progress");
+  require(request_.plan.prefill.empty() || request_.plan.prefill == node_.name(), invalid, "load: the plan is for '",
+          request_.plan.prefill, "', this node is '", node_.name(), "'");
   require(request_.plan.decode != node_.name(), invalid, "load: the decode node is this node; leave it empty");
-  require(node_.active_loads() < node_.options().max_loads, Code::kNoSpace,
-          text("load: ", node_.active_loads(), " loads in progress; raise `max_loads` or finish some"));
+  require(node_.active_loads() < node_.options().max_loads, Code::kNoSpace, "load: ", node_.active_loads(),
+          " loads in progress; raise `max_loads` or finish some");
 }
 
 // `ids`: all of the load's.
 void LoadTask::check_places(std::vector<std::uint32_t> ids) const {
   const auto invalid = Code::kInvalidArgument;
-  require(ids.size() <= prompt_blocks_, invalid,
-          text("load: ", ids.size(), " block ids for a prompt of ", prompt_blocks_, " blocks"));
+  require(ids.size() <= prompt_blocks_, invalid, "load: ", ids.size(), " block ids for a prompt of ", prompt_blocks_,
+          " blocks");
   std::sort(ids.begin(), ids.end());
-  require(ids.empty() || ids.back() < request_.into->block_count(), invalid,
-          text("load: block id ", ids.empty() ? 0 : ids.back(), " of ", request_.into->block_count(), " blocks"));
+  require(ids.empty() || ids.back() < request_.into->block_count(), invalid, "load: block id ",
+          ids.empty() ? 0 : ids.back(), " of ", request_.into->block_count(), " blocks");
   const auto twice = std::adjacent_find(ids.begin(), ids.end());
-  require(twice == ids.end(), invalid, text("load: block id ", twice == ids.end() ? 0 : *twice, " is given twice"));
+  require(twice == ids.end(), invalid, "load: block id ", twice == ids.end() ? 0 : *twice, " is given twice");
 }
 
 void LoadTask::add_blocks(std::span<const std::uint32_t> more) {
@@ -128,15 +124,13 @@ void LoadTask::add_source(const std::string& name, Path path, bool required) {
   if (!sources_.empty()) {
     link = node_.find_link(name);
     if (!link && !required) return;
-    require(link != nullptr, Code::kPeerLost, text("load: node '", name, "' of the plan is not connected"));
+    require(link != nullptr, Code::kPeerLost, "load: node '", name, "' of the plan is not connected");
   }
-  require(sources_.size() < kMaxSources, Code::kInvalidArgument,
-          text("load: more than ", kMaxSources, " nodes in a plan"));
+  require(sources_.size() < kMaxSources, Code::kInvalidArgument, "load: more than ", kMaxSources, " nodes in a plan");
   if (path == Path::kDecode) {
     const std::uint32_t most = node_.view_of(name).prompt_slots;
-    require(most == 0 || prompt_blocks_ <= most, Code::kNoSpace,
-            text("load: the prompt has ", prompt_blocks_, " blocks, the staging of '", name, "' can hold ", most,
-                 "; raise its `staging`"));
+    require(most == 0 || prompt_blocks_ <= most, Code::kNoSpace, "load: the prompt has ", prompt_blocks_,
+            " blocks, the staging of '", name, "' can hold ", most, "; raise its `staging`");
   }
   auto source = std::make_unique<Source>();
   source->load = this;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "base/require.h"
 #include "base/text.h"
 #include "dualkv/policy.h"
 #include "dualkv/status.h"
@@ -25,10 +26,6 @@ std::string mib(std::uint64_t bytes) { return text(bytes >> 20, " MiB"); }
 double hit_bytes(const PlanRequest& request) {
   return static_cast<double>(request.keys.size()) *
          static_cast<double>(std::max<std::uint64_t>(request.prefill.block_bytes, 1));
-}
-
-void require(bool fine, const std::string& what) {
-  if (!fine) throw Error(Code::kInvalidArgument, what);
 }
 
 // Whole blocks that add up to `count`: floors, then the largest remainders.
@@ -64,7 +61,7 @@ Plan PrefillOnly::plan(const PlanRequest& request) {
 }
 
 Plan DecodeOnly::plan(const PlanRequest& request) {
-  require(request.decode.has_value(), "decode_only: the request has no decode node");
+  require(request.decode.has_value(), Code::kInvalidArgument, "decode_only: the request has no decode node");
   return whole(request, *request.decode, Path::kDecode, "decode_only: the decode node reads everything");
 }
 
@@ -89,7 +86,8 @@ Plan RoundRobin::plan(const PlanRequest& request) {
 }
 
 ShortestQueue::ShortestQueue(double margin) : margin_(margin) {
-  require(margin >= 0 && margin < 1, text("shortest_queue: margin = ", margin, ": must be in [0, 1)"));
+  require(margin >= 0 && margin < 1, Code::kInvalidArgument, "shortest_queue: margin = ", margin,
+          ": must be in [0, 1)");
 }
 
 Plan ShortestQueue::plan(const PlanRequest& request) {
@@ -114,7 +112,7 @@ Plan ShortestQueue::plan(const PlanRequest& request) {
 
 Split::Split(std::uint32_t max_sides, std::uint32_t helper_blocks)
     : max_sides_(max_sides), helper_blocks_(helper_blocks) {
-  require(max_sides > 0, "split: max_sides must be at least 1");
+  require(max_sides > 0, Code::kInvalidArgument, "split: max_sides must be at least 1");
 }
 
 Plan Split::plan(const PlanRequest& request) {
@@ -155,18 +153,16 @@ Plan Split::plan(const PlanRequest& request) {
 }
 
 void check_plan(const Plan& plan) {
-  const auto require = [](bool fine, const std::string& why) {
-    if (!fine) throw Error(Code::kInvalidArgument, "plan: " + why);
-  };
+  const auto tiles = [](bool fine, const auto&... parts) { require(fine, Code::kInvalidArgument, "plan: ", parts...); };
   std::uint64_t next = 0;
   for (const PathRange& range : plan.ranges) {
-    require(range.count > 0, text("the range of '", range.node, "' at block ", range.first, " is empty"));
-    require(range.first == next, text("the range of '", range.node, "' begins at block ", range.first, ", not at ",
-                                      next, ": ranges must tile the hit in order"));
-    require(!range.node.empty(), text("the range at block ", range.first, " names no node"));
+    tiles(range.count > 0, "the range of '", range.node, "' at block ", range.first, " is empty");
+    tiles(range.first == next, "the range of '", range.node, "' begins at block ", range.first, ", not at ", next,
+          ": ranges must tile the hit in order");
+    tiles(!range.node.empty(), "the range at block ", range.first, " names no node");
     next += range.count;
   }
-  require(next == plan.keys.size(), text("the ranges cover ", next, " of ", plan.keys.size(), " blocks"));
+  tiles(next == plan.keys.size(), "the ranges cover ", next, " of ", plan.keys.size(), " blocks");
 }
 
 }  // namespace dualkv

@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/require.h"
 #include "base/text.h"
 #include "dualkv/policy.h"
+#include "dualkv/scheduler.h"
 #include "dualkv/status.h"
 #include "policy/least_squares.h"
 #include "policy/sides.h"
@@ -13,11 +15,6 @@ namespace dualkv {
 namespace {
 
 constexpr double kFade = 0.98;  // of an observation, at each later one: some fifty count
-
-double pairs(std::uint64_t cached, std::uint64_t tokens) {
-  const auto n = static_cast<double>(tokens);
-  return n * (static_cast<double>(cached) + n / 2);
-}
 
 }  // namespace
 
@@ -32,7 +29,7 @@ PrefillRate& PrefillRate::operator=(PrefillRate&&) noexcept = default;
 
 void PrefillRate::observe(std::uint64_t cached, std::uint64_t tokens, double seconds) {
   if (tokens == 0 || !(seconds > 0) || !std::isfinite(seconds)) return;
-  samples_->fit.add(static_cast<double>(tokens), pairs(cached, tokens), seconds, kFade);
+  samples_->fit.add(static_cast<double>(tokens), AttentionModel::operations({cached, tokens}), seconds, kFade);
   ++observations_;
 }
 
@@ -41,14 +38,12 @@ double PrefillRate::seconds(std::uint64_t cached, std::uint64_t tokens) const {
   LeastSquares::Fit fit;
   // Prefills that were all alike tell only what they took on average: all of it is counted to the tokens.
   if (!samples_->fit.solve(fit)) fit = {0, samples_->fit.mean_y() / samples_->fit.mean_first(), 0};
-  return fit.first * static_cast<double>(tokens) + fit.second * pairs(cached, tokens);
+  return fit.first * static_cast<double>(tokens) + fit.second * AttentionModel::operations({cached, tokens});
 }
 
 Recompute::Recompute(std::shared_ptr<PathPolicy> inner, double margin) : inner_(std::move(inner)), margin_(margin) {
-  if (!inner_) throw Error(Code::kInvalidArgument, "recompute: a policy is needed that plans what is loaded");
-  if (!(margin >= 0 && margin < 1)) {
-    throw Error(Code::kInvalidArgument, text("recompute: margin = ", margin, ": must be in [0, 1)"));
-  }
+  require(inner_ != nullptr, Code::kInvalidArgument, "recompute: a policy is needed that plans what is loaded");
+  require(margin >= 0 && margin < 1, Code::kInvalidArgument, "recompute: margin = ", margin, ": must be in [0, 1)");
 }
 
 Plan Recompute::plan(const PlanRequest& request) {

@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <unordered_map>
 
-#include "base/text.h"
-#include "dualkv/status.h"
+#include "base/require.h"
 #include "policy/request_queue.h"
 
 namespace dualkv {
@@ -64,12 +63,6 @@ namespace {
 
 using scheduling::Engine, scheduling::Group, scheduling::Node, scheduling::Pending, scheduling::Request,
     scheduling::RequestQueue, scheduling::Side;
-
-// The message is made of `parts` only when it is needed.
-template <typename... Parts>
-void require(bool fine, Code code, const Parts&... parts) {
-  if (!fine) throw Error(code, text(parts...));
-}
 
 void add_pending(Engine& engine, const Pending& entry) {
   engine.pending.push_back(entry);

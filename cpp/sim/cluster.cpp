@@ -139,7 +139,6 @@ SimResult Cluster::run() {
 void Cluster::arrive(std::uint32_t index) {
   Agent& agent = agents_[index];
   agent.turn = &options_.workload.turns[agent.next_turn++];
-  agent.request = ++requests_;
   agent.record = {};
   agent.record.agent = index;
   agent.record.turn = agent.number++;
@@ -148,16 +147,16 @@ void Cluster::arrive(std::uint32_t index) {
   agent.reads_left = agent.moving = 0;
   agent.published = 0;
   agent.computed = false;
-  ++arrived_;
+  const std::uint64_t turn = arrived_++;
+  agent.request = arrived_;
   if (scheduler_) {
-    scheduler_->submit(agent.request, agent.turn->input_tokens + agent.turn->output_tokens, agent.turn->hit_tokens);
+    scheduler_->submit(agent.request, agent.tokens(), agent.turn->hit_tokens);
     agent_of_[agent.request] = index;
     ++scheduling_;
     return;
   }
-  agent.prefill = static_cast<std::uint32_t>(turns_ % prefills_.size());
-  agent.decode = static_cast<std::uint32_t>(turns_ % decodes_.size());
-  ++turns_;
+  agent.prefill = static_cast<std::uint32_t>(turn % prefills_.size());
+  agent.decode = static_cast<std::uint32_t>(turn % decodes_.size());
   // As long as a scheduled request waits for its two fetches on average.
   events_.add(now_ + options_.fetch_s, EventKind::kPlace, index);
 }
@@ -165,11 +164,12 @@ void Cluster::arrive(std::uint32_t index) {
 void Cluster::fetch(FetchGroup& group) {
   if (scheduling_ == 0) return;
   std::vector<EngineReport> reports(group.last - group.first);
-  const double per_token = options_.model.bytes_per_token;
+  // A group is a node's engines.
+  const Node& node = nodes_[cnics_[group.prefill ? group.first : decode_engine(group.first)].node];
+  const auto queued = static_cast<std::uint64_t>(queued_bytes(node) / options_.model.bytes_per_token);
   for (std::uint32_t e = group.first; e < group.last; ++e) {
     EngineReport& report = reports[e - group.first];
-    Node& node = nodes_[group.prefill ? cnics_[e].node : decode_cnic(e).node];
-    report.read_queue_tokens = static_cast<std::uint64_t>(static_cast<double>(view(node).read_queue_bytes) / per_token);
+    report.read_queue_tokens = queued;
     if (group.prefill) {
       const PrefillEngine& engine = prefills_[e];
       report.engine = engine.name;
@@ -203,7 +203,7 @@ void Cluster::fetch(FetchGroup& group) {
       agent.prefill = engine;
       prefills_[engine].seen = one.number;
       ++prefills_[engine].requests;
-      prefills_[engine].tokens += agent.turn->input_tokens + agent.turn->output_tokens;
+      prefills_[engine].tokens += agent.tokens();
     } else {
       agent.decode = engine;
       decodes_[engine].seen = one.number;
@@ -226,7 +226,7 @@ void Cluster::placed(std::uint32_t index, Path read) {
   Agent& agent = agents_[index];
   Decode& decode = decodes_[agent.decode];
   ++decode.requests;
-  decode.tokens += agent.turn->input_tokens + agent.turn->output_tokens;
+  decode.tokens += agent.tokens();
   agent.assigned = now_;
   agent.record.prefill = agent.prefill;
   agent.record.decode = agent.decode;
@@ -246,7 +246,7 @@ NodeView Cluster::view(const Node& node) const {
   view.name = node.name;
   view.tokens_per_block = options_.model.tokens_per_block;
   view.block_bytes = static_cast<std::uint64_t>(tokens_to_bytes(view.tokens_per_block));
-  view.read_queue_bytes = static_cast<std::uint64_t>(std::max(0.0, node.queued_bytes));
+  view.read_queue_bytes = queued_bytes(node);
   view.read_bandwidth = static_cast<std::uint64_t>(options_.hardware.snic);
   const SimHardware& hw = options_.hardware;
   view.link_bandwidth = static_cast<std::uint64_t>(hw.cnic * (1 - hw.high_share) * hw.engines_per_node);
@@ -263,10 +263,8 @@ void Cluster::start_load(std::uint32_t index, Path read) {
       const std::uint32_t planned = plan_load(agent, blocks);
       if (planned < blocks) agent.loaded = planned * options_.model.tokens_per_block;
     } else {
-      const bool here = read == Path::kPrefill;
-      add_part(agent, here ? cnics_[agent.prefill].node : decode_cnic(agent.decode).node,
-               here ? agent.prefill : static_cast<std::uint32_t>(prefills_.size()) + agent.decode,
-               tokens_to_bytes(hit));
+      const std::uint32_t reader = read == Path::kPrefill ? agent.prefill : decode_engine(agent.decode);
+      agent.parts.push_back({cnics_[reader].node, reader, tokens_to_bytes(hit)});
     }
     result_.recomputed_bytes += tokens_to_bytes(hit - agent.loaded);
   }
@@ -294,9 +292,7 @@ std::uint32_t Cluster::plan_load(Agent& agent, std::uint32_t blocks) {
   // Which blocks is of no matter to a policy; one byte makes a key.
   request.keys.assign(blocks, Key(std::as_bytes(std::span("k", 1))));
   request.prefill = view(nodes_[home]);
-  const double new_tokens = agent.turn->input_tokens - agent.turn->hit_tokens;
-  request.prefill.compute_queue_s = prefills_[agent.prefill].work_s + options_.model.compute.token_s * new_tokens +
-                                    options_.model.compute.attention_s(agent.turn->hit_tokens, new_tokens);
+  request.prefill.compute_queue_s = prefills_[agent.prefill].work_s + work_s(agent);
   request.decode = view(nodes_[away]);
   if (options_.helpers > 0) {
     std::vector<std::uint32_t> others;
@@ -328,18 +324,14 @@ std::uint32_t Cluster::plan_load(Agent& agent, std::uint32_t blocks) {
     const std::uint32_t node = found->second;
     std::uint32_t engine = agent.prefill;
     if (node == away) {
-      engine = static_cast<std::uint32_t>(prefills_.size()) + agent.decode;
+      engine = decode_engine(agent.decode);
     } else if (node != home) {
       engine =
           node * options_.hardware.engines_per_node + nodes_[node].next_engine++ % options_.hardware.engines_per_node;
     }
-    add_part(agent, node, engine, tokens_to_bytes(share * range.count));
+    agent.parts.push_back({node, engine, tokens_to_bytes(share * range.count)});
   }
   return planned;
-}
-
-void Cluster::add_part(Agent& agent, std::uint32_t node, std::uint32_t engine, double bytes) {
-  agent.parts.push_back({node, engine, bytes});
 }
 
 // First come first served, as long as staging has room; a hit larger than all of it is read once it is empty.
@@ -547,7 +539,7 @@ void Cluster::prefilled(std::uint32_t index) {
   window_tokens_ += agent.turn->input_tokens;
   if (scheduler_) {
     --engine.requests;
-    engine.tokens -= agent.turn->input_tokens + agent.turn->output_tokens;
+    engine.tokens -= agent.tokens();
     scheduler_->prefilled(agent.request);
   }
   agent.first = now_;
@@ -601,7 +593,7 @@ void Cluster::try_join(std::uint32_t index) {
   while (!decode.waiting.empty()) {
     const std::uint32_t next = decode.waiting.front();
     Agent& agent = agents_[next];
-    const double need = agent.turn->input_tokens + agent.turn->output_tokens;
+    const double need = agent.tokens();
     if (decode.held > 0 && decode.held + need > options_.hardware.decode_memory_tokens) break;
     decode.waiting.pop_front();
     decode.held += need;
@@ -623,10 +615,9 @@ void Cluster::expect_end(std::uint32_t index) {
 
 void Cluster::decoded(std::uint32_t index) {
   Decode& decode = decodes_[index];
-  const std::uint32_t done = decode.engine.leave(now_, [&](std::uint32_t agent) {
-    return static_cast<double>(agents_[agent].turn->input_tokens) + agents_[agent].turn->output_tokens;
-  });
-  decode.held -= agents_[done].turn->input_tokens + agents_[done].turn->output_tokens;
+  const std::uint32_t done =
+      decode.engine.leave(now_, [&](std::uint32_t agent) { return static_cast<double>(agents_[agent].tokens()); });
+  decode.held -= agents_[done].tokens();
   try_join(index);
   expect_end(index);
   finish(done);
@@ -637,7 +628,7 @@ void Cluster::finish(std::uint32_t index) {
   if (agent.turn->output_tokens < 2) prompt_leaves(agent);
   Decode& decode = decodes_[agent.decode];
   --decode.requests;
-  decode.tokens -= agent.turn->input_tokens + agent.turn->output_tokens;
+  decode.tokens -= agent.tokens();
   if (scheduler_) {
     scheduler_->finished(agent.request);
     agent_of_.erase(agent.request);

@@ -47,6 +47,8 @@ class Cluster {
     bool computed = false;
     SimRequest record;
     double assigned = 0, read = 0, begun = 0, first = 0;
+
+    std::uint32_t tokens() const { return turn->input_tokens + turn->output_tokens; }
   };
   struct Read {
     std::uint32_t agent;
@@ -115,7 +117,6 @@ class Cluster {
   void placed(std::uint32_t agent, Path read);
   void start_load(std::uint32_t agent, Path read);
   std::uint32_t plan_load(Agent& agent, std::uint32_t blocks);
-  void add_part(Agent& agent, std::uint32_t node, std::uint32_t engine, double bytes);
   void read_next(std::uint32_t node);
   void unstage(std::uint32_t node, double bytes);
   void read_done(std::uint32_t node);
@@ -142,10 +143,17 @@ class Cluster {
   void check_end();
 
   void flow(double bytes, FlowKind kind, std::uint32_t owner, std::initializer_list<Hop> hops);
+  std::uint64_t queued_bytes(const Node& node) const {
+    return static_cast<std::uint64_t>(std::max(0.0, node.queued_bytes));
+  }
   NodeView view(const Node& node) const;
   double tokens_to_bytes(double tokens) const { return tokens * options_.model.bytes_per_token; }
   double work_s(const Agent& agent) const;
-  Cnic& decode_cnic(std::uint32_t decode) { return cnics_[prefills_.size() + decode]; }
+  // Among all engines, as cnics_ has them.
+  std::uint32_t decode_engine(std::uint32_t decode) const {
+    return static_cast<std::uint32_t>(prefills_.size()) + decode;
+  }
+  Cnic& decode_cnic(std::uint32_t decode) { return cnics_[decode_engine(decode)]; }
 
   const SimOptions& options_;
   FlowNet net_;
@@ -163,7 +171,6 @@ class Cluster {
   std::unordered_map<std::string, std::uint32_t> node_of_;
   std::uint64_t scheduling_ = 0;  // requests without both engines
   AttentionModel attention_;
-  std::uint64_t requests_ = 0, turns_ = 0;
   std::uint64_t arrived_ = 0, finished_ = 0, agents_done_ = 0;
   double planned_bytes_ = 0;  // to be read
   double window_ratio_ = 0;

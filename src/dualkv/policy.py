@@ -45,7 +45,7 @@ class Recompute(_dualkv.Recompute):
 
     Args:
         inner: plans what is loaded; a :class:`Split` if not given.
-        margin: of the time until the hit is there; what recomputing gains must be more, or everything is loaded.
+        margin: of the time until the hit is there; what recomputing gains must be that at least, or all is loaded.
 
     ``observe(cached, tokens, seconds)``: computing ``tokens`` new tokens behind ``cached`` ones took ``seconds``, waits
     for loads left out. Engines call it after each prefill; later ones count more.

@@ -9,6 +9,7 @@ import click
 
 from dualkv.cli import values
 from dualkv.cli.progress import bars
+from dualkv.demo.cluster import split_topology
 from dualkv.errors import Error
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ _PARTS = ("offline", "ratios", "scaling", "ablation", "balance", "capacity", "sc
 def _topology(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int]:
     if value is None:
         return 0, 0
-    prefill, _sep, decode = value.upper().removesuffix("D").partition("P")
-    if not (prefill.isdecimal() and decode.isdecimal() and int(prefill) and int(decode)):
+    nodes = split_topology(value)
+    if nodes is None or not all(nodes):
         raise click.BadParameter(f"{value!r}: give it in nodes, like 2P4D")
-    return int(prefill), int(decode)
+    return nodes
 
 
 @click.command(
@@ -132,14 +133,13 @@ def _simulate(options: dict[str, Any]) -> None:
 def _setup(options: dict[str, Any]) -> "Setup":
     from dualkv.sim import MODELS, Setup, Workload
 
-    rate = options["rate"] or 0.0
-    end_s = options["seconds"] if rate else 0.0
-    agents = int(rate * end_s * 1.3) + 16 if rate else options["agents"]
-    timing = {"agents_per_s": rate, "end_s": end_s, "seed": options["seed"]}
+    agents, seed = options["agents"], options["seed"]
     if options["trace"]:
-        load = Workload.recorded(options["trace"], agents, **timing)
+        load = Workload.recorded(options["trace"], agents, seed=seed)
     else:
-        load = Workload.generated(options["dataset"], agents, **timing)
+        load = Workload.generated(options["dataset"], agents, seed=seed)
+    if options["rate"]:
+        load = load.arriving(options["rate"], options["seconds"])
     prefill, decode = options["topology"]
     return Setup(MODELS[options["model"]], load, prefill, decode)
 

@@ -14,6 +14,12 @@ from dualkv.errors import Error
 _MAX_LINE_BYTES = 64 << 20
 
 
+def split_topology(text: str) -> tuple[int, int] | None:
+    """Prefill and decode of ``"1P2D"``; None if it is none."""
+    prefill, _, decode = text.upper().removesuffix("D").partition("P")
+    return (int(prefill), int(decode)) if prefill.isdecimal() and decode.isdecimal() else None
+
+
 @dataclass(frozen=True)
 class Topology:
     """How many prefill and decode engines: ``1P2D``."""
@@ -24,10 +30,10 @@ class Topology:
     @classmethod
     def parse(cls, text: str) -> "Topology":
         """From ``"1P2D"``; ValueError names what is wrong."""
-        prefill, _, decode = text.upper().removesuffix("D").partition("P")
-        if not (prefill.isdigit() and decode.isdigit() and 1 <= int(prefill) <= 8 and 1 <= int(decode) <= 8):
+        engines = split_topology(text)
+        if engines is None or not all(1 <= count <= 8 for count in engines):
             raise ValueError(f"topology {text!r}: give it like 1P1D, with 1 to 8 engines of a kind")
-        return cls(int(prefill), int(decode))
+        return cls(*engines)
 
     def __str__(self) -> str:
         return f"{self.prefill}P{self.decode}D"

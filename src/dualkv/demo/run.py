@@ -40,10 +40,12 @@ COMPARED = ("basic", "dualpath", "split", "oracle")
 
 # A 16-layer GQA model whose KV is large for its compute (64 KiB a token in fp32), as long contexts are.
 TORCH_VOCAB = 512
+MODELLED_VOCAB = 50021
+MODEL_LAYERS = 16
 MODEL_TOKEN_BYTES = 4096  # of one layer
 TORCH_MODEL = {
     "kind": "gqa",
-    "layers": 16,
+    "layers": MODEL_LAYERS,
     "hidden": 256,
     "heads": 8,
     "kv_heads": 4,
@@ -131,7 +133,7 @@ class _Demo:
         self.topology = topology
         self.directory = directory
         self.progress = progress
-        self.vocab = TORCH_VOCAB if options.engine == "torch" else 50021
+        self.vocab = TORCH_VOCAB if options.engine == "torch" else MODELLED_VOCAB
         sessions = load_sessions(options)
         self.sessions, self.alone = sessions[:-1], sessions[-1:]
         # Each session has one turn in flight; two blocks more for what is partly filled.
@@ -152,7 +154,7 @@ class _Demo:
         else:
             # The bytes of the torch model.
             config.update(
-                layers=16, layer_bytes=MODEL_TOKEN_BYTES * options.tokens_per_block, costs=dict(options.costs)
+                layers=MODEL_LAYERS, layer_bytes=MODEL_TOKEN_BYTES * options.tokens_per_block, costs=dict(options.costs)
             )
         return config
 

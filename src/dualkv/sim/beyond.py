@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dualkv import traces
-from dualkv.sim.capacity import capacity, run_at
+from dualkv.sim.capacity import BEYOND_ANY, capacity, run_at
 from dualkv.sim.engines import MODELS
 from dualkv.sim.parallel import Stage, run_all
 from dualkv.sim.run import Setup, simulate
@@ -16,8 +16,8 @@ from dualkv.sim.workload import Workload
 
 PAPER = "scheduled"
 MODES = ("split", "nway", "recompute")
+_ALL = (PAPER, *MODES)
 _OFFLINE = {"ds27b": (512, 2048), "ds660b": (512, 2048), "qwen2.5-32b": (64, 256)}  # agents: few, and many
-_CAPACITY_MOST = {"ds27b": 1.2, "ds660b": 1.0, "qwen2.5-32b": 0.3}
 _LOAD = 0.8  # of the paper's capacity
 _ONLINE_S = 3600.0
 _AGENTS = 100
@@ -34,7 +34,7 @@ def beyond(stage: Stage, *, trace: str | None = None, seed: int = 1) -> dict[str
     loads: dict[str, tuple[Setup, float, tuple[int, ...]]] = {}
     for model, engine in MODELS.items():
         setup = Setup(engine, Workload.generated("64K", 1, seed=seed))
-        loads[f"{model} 64K"] = (setup, _CAPACITY_MOST[model], _OFFLINE[model])
+        loads[f"{model} 64K"] = (setup, BEYOND_ANY[model], _OFFLINE[model])
     if trace:
         sessions = traces.read(trace)
         for model, engine in MODELS.items():
@@ -44,7 +44,7 @@ def beyond(stage: Stage, *, trace: str | None = None, seed: int = 1) -> dict[str
                 if all(turn.input_tokens + turn.output_tokens < engine.memory_tokens / 2 for turn in session.turns)
             ]
             setup = Setup(engine, Workload.recorded(fitting, 1, think=False, seed=seed))
-            loads[f"{model} trace"] = (setup, _CAPACITY_MOST[model], _OFFLINE[model])
+            loads[f"{model} trace"] = (setup, BEYOND_ANY[model], _OFFLINE[model])
     rows = _offline(stage, loads) + _online(stage, loads)
     return {"rows": rows, "summary": _summary(rows)}
 
@@ -58,13 +58,13 @@ def _offline(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ..
         (name, agents, mode): functools.partial(jct, setup, agents, mode)
         for name, (setup, _, counts) in loads.items()
         for agents in counts
-        for mode in (PAPER, *MODES)
+        for mode in _ALL
     }
     found = run_all(stage, "offline", jobs)
     rows = []
     for name, (_, _, counts) in loads.items():
         for agents in counts:
-            values = {mode: found[name, agents, mode] for mode in (PAPER, *MODES)}
+            values = {mode: found[name, agents, mode] for mode in _ALL}
             rows.append(_row(f"{name}, {agents} agents", "JCT s", values, lower=True))
     return rows
 
@@ -83,7 +83,7 @@ def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...
     found |= run_all(stage, "capacity, beyond", jobs)
     rows = []
     for name in loads:
-        values = {mode: found[name, mode] for mode in (PAPER, *MODES)}
+        values = {mode: found[name, mode] for mode in _ALL}
         rows.append(_row(name, "capacity, agents/s", values, lower=False))
 
     def ttft(setup: Setup, rate: float, mode: str) -> tuple[float, float]:
@@ -94,7 +94,7 @@ def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...
     latencies = {
         (name, mode): functools.partial(ttft, setup, _LOAD * found[name, PAPER], mode)
         for name, (setup, _, _) in loads.items()
-        for mode in (PAPER, *MODES)
+        for mode in _ALL
         if found[name, PAPER] > 0
     }
     times = run_all(stage, "latency", latencies)
@@ -103,7 +103,7 @@ def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...
             continue
         label = f"{name}, {_LOAD * found[name, PAPER]:.3f} agents/s"
         for i, figure in enumerate(("TTFT mean s", "TTFT p99 s")):
-            values = {mode: times[name, mode][i] for mode in (PAPER, *MODES)}
+            values = {mode: times[name, mode][i] for mode in _ALL}
             rows.append(_row(label, figure, values, lower=True))
     return rows
 

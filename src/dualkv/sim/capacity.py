@@ -1,7 +1,6 @@
 """How many agents a second a cluster serves within its objectives, judged as the paper judges it (7.4)."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,9 @@ _WINDOW_S = 150.0
 _APART_S = 1800.0
 _STEADY = 0.05
 _HORIZON_S = 7200.0
+
+BEYOND_ANY = {"ds27b": 1.2, "ds660b": 1.0, "qwen2.5-32b": 0.3}
+"""Agents/s that no mode of a model can serve on the paper's workloads."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,8 @@ def capacity(
     *,
     most: float,
     near: float | None = None,
-    objectives: Objectives | None = None,
+    objectives: Objectives = Objectives(),
     precision: float = 0.02,
-    on_step: Callable[[], None] = lambda: None,
 ) -> float:
     """Agents/s up to which the objectives hold, by bisection below ``most``, within ``precision`` of it.
 
@@ -60,28 +61,24 @@ def capacity(
 
     Poisson arrivals for two hours, each agent from its first round. ``setup.workload``'s sessions and seed are used.
     """
-    objectives = objectives or Objectives()
     low, high = 0.0, most
+
+    def probe(rate: float) -> None:
+        nonlocal low, high
+        if objectives.hold(run_at(setup, mode, rate)):
+            low = rate
+        else:
+            high = rate
+
     for rate in () if near is None else (0.8 * near, 1.2 * near):
-        if not low < rate < high:
-            continue
-        if objectives.hold(run_at(setup, mode, rate)):
-            low = rate
-        else:
-            high = rate
-        on_step()
+        if low < rate < high:
+            probe(rate)
     while high - low > precision * high:
-        rate = (low + high) / 2
-        if objectives.hold(run_at(setup, mode, rate)):
-            low = rate
-        else:
-            high = rate
-        on_step()
+        probe((low + high) / 2)
     return low
 
 
 def run_at(setup: Setup, mode: Mode | str, agents_per_s: float, seconds: float = _HORIZON_S) -> Outcome:
     """The setup's sessions, with agents that come at this rate for so long."""
-    agents = max(1, int(agents_per_s * seconds * 1.3) + 16)
-    load = dataclasses.replace(setup.workload, agents=agents, agents_per_s=agents_per_s, end_s=seconds)
+    load = setup.workload.arriving(agents_per_s, seconds)
     return simulate(dataclasses.replace(setup, workload=load), mode)

@@ -1,33 +1,33 @@
 """The simulator against real engines: the demo's processes on this machine, and the same sessions simulated."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from dualkv import traces
 from dualkv.demo.cluster import Topology
-from dualkv.demo.run import MODEL_TOKEN_BYTES, DemoOptions, load_sessions, run_demo, stored_prefix
+from dualkv.demo.run import (
+    MODEL_LAYERS,
+    MODEL_TOKEN_BYTES,
+    MODELLED_VOCAB,
+    MODES,
+    DemoOptions,
+    Progress,
+    load_sessions,
+    run_demo,
+    stored_prefix,
+)
 from dualkv.engines.compute import ModelledCosts
-from dualkv.policy import PathPolicy, RoundRobin, ShortestQueue, Split
+from dualkv.policy import POLICIES
 from dualkv.sim.engines import Compute, Engine, Hardware
 from dualkv.sim.modes import Mode
 from dualkv.sim.run import Setup, simulate
 from dualkv.sim.workload import Workload
 
 TOPOLOGIES = (Topology(1, 1), Topology(1, 2), Topology(2, 1))
-_LAYERS = 16  # of the demo's engines
-_VOCABULARY = 50021
 _LINK_BYTES_PER_S = 2e9  # tcp on loopback, one node to another (docs/performance.md)
 _DRAM_BYTES_PER_S = 2e10
-
-
-class Progress(Protocol):
-    """Where progress goes."""
-
-    def stage(self, name: str, steps: int) -> Callable[[], None]:
-        """Begins a stage of ``steps``; call what is returned after each."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,15 @@ def validate_local(
     return out
 
 
-_POLICIES: dict[str, Callable[[], PathPolicy] | None] = {
-    "basic": None,
-    "dualpath": ShortestQueue,
-    "split": lambda: Split(max_sides=4),
-    "round_robin": RoundRobin,
-}
-
-
 def predict(options: DemoOptions, topology: Topology, mode: str) -> float:
     """JCT of the demo's mode, from its options: sessions, NIC limits, and the engines' modelled costs."""
     sessions = load_sessions(options)[:-1]
-    policy = _POLICIES[mode]
+    given = MODES[mode]
     way = Mode(
         "as the demo's engines do",
-        policy=None if policy is None else lambda _: policy(),
-        helpers=topology.prefill + topology.decode - 2 if mode == "split" else 0,
+        free=given.resident,
+        policy=lambda _: POLICIES[given.policy](),
+        helpers=topology.prefill + topology.decode - 2 if given.spread else 0,
     )
     setup = Setup(
         _engine(options, ModelledCosts(**options.costs)),
@@ -130,8 +123,8 @@ def _engine(options: DemoOptions, costs: ModelledCosts) -> Engine:
     """The demo's engines: one a node, one forward pass at a time, decode steps in turn."""
     return Engine(
         name="modelled",
-        layers=_LAYERS,
-        bytes_per_token=_LAYERS * MODEL_TOKEN_BYTES,
+        layers=MODEL_LAYERS,
+        bytes_per_token=MODEL_LAYERS * MODEL_TOKEN_BYTES,
         compute=Compute(
             forward_s=1e-6,
             token_s=costs.prefill_token_s,
@@ -165,7 +158,7 @@ def _workload(sessions: Sequence[traces.Session], options: DemoOptions) -> Workl
     per_block = options.tokens_per_block
     rows = []
     for session in sessions:
-        stored = len(stored_prefix(session, _VOCABULARY, per_block))
+        stored = len(stored_prefix(session, MODELLED_VOCAB, per_block))
         turns: list[tuple[int, int, int]] = []
         for turn in session.turns:
             hit = min(stored, turn.input_tokens - 1) // per_block * per_block

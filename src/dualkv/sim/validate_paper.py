@@ -14,14 +14,13 @@ import numpy as np
 
 from dualkv.errors import invalid
 from dualkv.sim import paper
-from dualkv.sim.capacity import capacity, run_at
+from dualkv.sim.capacity import BEYOND_ANY, capacity, run_at
 from dualkv.sim.engines import MODELS
 from dualkv.sim.paper import Where
 from dualkv.sim.parallel import Stage, run_all
 from dualkv.sim.run import Setup, simulate
 from dualkv.sim.workload import Workload
 
-_CAPACITY_MOST = {"ds27b": 1.2, "ds660b": 1.0}  # agents/s; beyond what any mode can serve
 _ONLINE_S = 3600.0
 
 
@@ -70,12 +69,12 @@ class _Runner:
         self.stage = stage
         self._known: dict[tuple[Where, str], float] = {}
 
-    def setup(self, where: Where, **changes: Any) -> Setup:
+    def setup(self, where: Where) -> Setup:
         engine = MODELS[where.model]
         load = Workload.generated(
             where.dataset, where.agents, seed=self.seed, append=where.append, generate=where.generate
         )
-        return Setup(engine, load, where.prefill_nodes, where.decode_nodes, **changes)
+        return Setup(engine, load, where.prefill_nodes, where.decode_nodes)
 
     def _jct(self, where: Where, mode: str) -> float:
         return simulate(self.setup(where), mode).jct_s
@@ -92,6 +91,10 @@ class _Runner:
 
 def _relative(ours: float, published: float) -> float:
     return ours / published - 1
+
+
+def _compared(part: str, name: str, what: str, published: float, ours: float, *, calibrated: bool = False) -> Cell:
+    return Cell(part, name, what, published, ours, _relative(ours, published), calibrated)
 
 
 def _label(where: Where) -> str:
@@ -124,24 +127,10 @@ def _ratio_cells(run: _Runner, part: str, published: Mapping[Where, paper.Jct]) 
             calibrated = (part == "offline" and name == "oracle") or (
                 name == "basic" and where == paper.BASIC_CELLS.get(where.model)
             )
-            ours = jct[where, mode]
-            cells.append(Cell(part, label, f"JCT s, {name}", value, ours, _relative(ours, value), calibrated))
-        published_ratio = row.basic / row.ours
+            cells.append(_compared(part, label, f"JCT s, {name}", value, jct[where, mode], calibrated=calibrated))
         ours = jct[where, "basic"] / jct[where, "scheduled"]
-        cells.append(Cell(part, label, "basic/ours", published_ratio, ours, _relative(ours, published_ratio)))
+        cells.append(_compared(part, label, "basic/ours", row.basic / row.ours, ours))
     return cells
-
-
-def _offline(run: _Runner) -> list[Cell]:
-    return _ratio_cells(run, "offline", paper.OFFLINE)
-
-
-def _ratios(run: _Runner) -> list[Cell]:
-    return _ratio_cells(run, "ratios", paper.RATIOS)
-
-
-def _scaling(run: _Runner) -> list[Cell]:
-    return _ratio_cells(run, "scaling", paper.SCALING)
 
 
 def _ablation(run: _Runner) -> list[Cell]:
@@ -170,7 +159,7 @@ def _balance(run: _Runner) -> list[Cell]:
 
 def _capacity(run: _Runner) -> list[Cell]:
     def found(model: str, mode: str) -> float:
-        return capacity(run.setup(Where(model, "64K", 1)), mode, most=_CAPACITY_MOST[model])
+        return capacity(run.setup(Where(model, "64K", 1)), mode, most=BEYOND_ANY[model])
 
     modes = ("scheduled", "basic", "oracle")
     jobs = {(model, mode): functools.partial(found, model, mode) for model in paper.CAPACITY for mode in modes}
@@ -179,11 +168,7 @@ def _capacity(run: _Runner) -> list[Cell]:
     for model, published in paper.CAPACITY.items():
         ours = result[model, "scheduled"] / result[model, "basic"]
         rates = ", ".join(f"{mode} {result[model, mode]:.3f}" for mode in modes)
-        cells.append(
-            Cell(
-                "capacity", f"{model} 64K ({rates} agents/s)", "ours/basic", published, ours, _relative(ours, published)
-            )
-        )
+        cells.append(_compared("capacity", f"{model} 64K ({rates} agents/s)", "ours/basic", published, ours))
     return cells
 
 
@@ -194,17 +179,13 @@ def _scale(run: _Runner) -> list[Cell]:
     }
     jct = run.jct("scale", [(where, "scheduled") for where in wheres.values()])
     ours = {name: jct[where, "scheduled"] for name, where in wheres.items()}
-    cells = []
-    for name, (*_, published) in paper.SCALE.items():
-        cells.append(
-            Cell("scale", _label(wheres[name]), "JCT s, ours", published, ours[name], _relative(ours[name], published))
-        )
+    cells = [
+        _compared("scale", _label(wheres[name]), "JCT s, ours", published, ours[name])
+        for name, (*_, published) in paper.SCALE.items()
+    ]
     published_ratio = paper.SCALE["large"][3] / paper.SCALE["small"][3]
     ratio = ours["large"] / ours["small"]
-    return [
-        *cells,
-        Cell("scale", "48P96D / 2P4D", "JCT ratio", published_ratio, ratio, _relative(ratio, published_ratio)),
-    ]
+    return [*cells, _compared("scale", "48P96D / 2P4D", "JCT ratio", published_ratio, ratio)]
 
 
 def _online(run: _Runner) -> list[Cell]:
@@ -219,14 +200,14 @@ def _online(run: _Runner) -> list[Cell]:
     for name, (prefill, decode, rate, *published) in paper.ONLINE.items():
         for what, theirs, ours in zip(("TTFT s", "TTST s", "TPOT s"), published, found[name], strict=True):
             label = f"ds660b {prefill}P{decode}D {rate:g} agents/s"
-            cells.append(Cell("online", label, what, theirs, ours, _relative(ours, theirs)))
+            cells.append(_compared("online", label, what, theirs, ours))
     return cells
 
 
 PARTS: dict[str, Callable[[_Runner], list[Cell]]] = {
-    "offline": _offline,
-    "ratios": _ratios,
-    "scaling": _scaling,
+    "offline": functools.partial(_ratio_cells, part="offline", published=paper.OFFLINE),
+    "ratios": functools.partial(_ratio_cells, part="ratios", published=paper.RATIOS),
+    "scaling": functools.partial(_ratio_cells, part="scaling", published=paper.SCALING),
     "ablation": _ablation,
     "balance": _balance,
     "capacity": _capacity,

@@ -1,5 +1,7 @@
 """What a simulated cluster is asked: sessions of agents, as arrays."""
 
+import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,10 +54,8 @@ class Workload:
         ``append`` and ``generate`` multiply the lengths of every round but the first prompt; a trajectory then ends
         before it would be longer than the data set's maximum (paper Fig. 9).
         """
-        found = traces.generate(dataset, sessions, seed)
-        most = int(dataset.removesuffix("K")) * 1024
-        rows = [_conversation(session, append, generate, most) for session in found]
-        return cls.of(rows, [[0.0] * len(r) for r in rows], agents, agents_per_s, end_s, seed)
+        rows = _generated(dataset, sessions, seed, append, generate)
+        return dataclasses.replace(rows, agents=agents, agents_per_s=agents_per_s, end_s=end_s)
 
     @classmethod
     def recorded(
@@ -102,10 +102,28 @@ class Workload:
             seed,
         )
 
+    def arriving(self, agents_per_s: float, seconds: float) -> "Workload":
+        """The same sessions, replayed by agents that come at this rate for so long."""
+        # Some more than are expected: whether they come by then, chance decides.
+        agents = int(agents_per_s * seconds * 1.3) + 16
+        return dataclasses.replace(self, agents=agents, agents_per_s=agents_per_s, end_s=seconds)
+
     def mean_turn(self) -> tuple[float, float]:
         """Hit and new tokens of an average turn."""
         hit = float(self.turns[:, 1].mean())
         return hit, float(self.turns[:, 0].mean()) - hit
+
+
+@functools.lru_cache(maxsize=16)
+def _generated(dataset: str, sessions: int, seed: int, append: float, generate: float) -> Workload:
+    """For one agent. Comparisons ask for the same sessions over and over, and making 500 takes most of a second."""
+    most = int(dataset.removesuffix("K")) * 1024
+    found = traces.generate(dataset, sessions, seed)
+    rows = [_conversation(session, append, generate, most) for session in found]
+    load = Workload.of(rows, [[0.0] * len(turns) for turns in rows], 1, seed=seed)
+    for shared in (load.turns, load.think_s, load.begins):
+        shared.flags.writeable = False
+    return load
 
 
 def _conversation(session: traces.Session, append: float, generate: float, most: int) -> list[tuple[int, int, int]]:
