@@ -5,14 +5,28 @@ namespace dualkv::bindings {
 
 namespace {
 
-// Lets C++ call a policy written in Python. What it raises reaches the caller as it is.
-class PyPolicy : public PathPolicy, public py::trampoline_self_life_support {
+// Lets C++ call a policy written in Python, whatever class it derives from. What it raises reaches the caller as it is.
+template <typename Base>
+class PyPolicy : public Base, public py::trampoline_self_life_support {
  public:
-  std::string name() const override { PYBIND11_OVERRIDE_PURE(std::string, PathPolicy, name); }
+  using Base::Base;
+  std::string name() const override {
+    if constexpr (std::is_abstract_v<Base>) {
+      PYBIND11_OVERRIDE_PURE(std::string, Base, name);
+    } else {
+      return Base::name();
+    }
+  }
   Plan plan(const PlanRequest& request) override {
     const py::gil_scoped_acquire acquire;
-    const py::function override = py::get_override(static_cast<const PathPolicy*>(this), "plan");
-    if (!override) throw Error(Code::kInvalidArgument, "policy: plan() is not implemented");
+    const py::function override = py::get_override(static_cast<const Base*>(this), "plan");
+    if (!override) {
+      if constexpr (std::is_abstract_v<Base>) {
+        throw Error(Code::kInvalidArgument, "policy: plan() is not implemented");
+      } else {
+        return Base::plan(request);
+      }
+    }
     py::object decode = py::none();
     if (request.decode) decode = py::cast(*request.decode);
     const py::object result = override(to_bytes(request.keys), py::arg("prefill") = request.prefill,
@@ -22,14 +36,24 @@ class PyPolicy : public PathPolicy, public py::trampoline_self_life_support {
   }
 };
 
-Plan call(PathPolicy& policy, const std::vector<py::bytes>& keys, const NodeView& prefill,
+// plan() as Python calls it: of this class, so that an override may call it.
+template <typename Policy>
+Plan call(Policy& policy, const std::vector<py::bytes>& keys, const NodeView& prefill,
           const std::optional<NodeView>& decode, const std::vector<NodeView>& helpers) {
-  return policy.plan({to_keys(keys), prefill, decode, helpers});
+  const PlanRequest request{to_keys(keys), prefill, decode, helpers};
+  if constexpr (std::is_abstract_v<Policy>) {
+    return policy.plan(request);
+  } else {
+    return policy.Policy::plan(request);
+  }
 }
 
-template <typename Policy>
-void register_policy_class(py::module_& m, const char* name) {
-  py::class_<Policy, PathPolicy, py::smart_holder>(m, name).def(py::init<>());
+template <typename Policy, typename... Bases>
+py::class_<Policy, Bases..., PyPolicy<Policy>, py::smart_holder> policy_class(py::module_& m, const char* name) {
+  py::class_<Policy, Bases..., PyPolicy<Policy>, py::smart_holder> out(m, name);
+  out.def("plan", &call<Policy>, py::arg("keys"), py::kw_only(), py::arg("prefill"), py::arg("decode") = py::none(),
+          py::arg("helpers") = std::vector<NodeView>());
+  return out;
 }
 
 }  // namespace
@@ -107,20 +131,16 @@ void register_policy(py::module_& m) {
       .def_readonly("reason", &Plan::reason)
       .def_readonly("recompute_blocks", &Plan::recompute_blocks);
 
-  py::class_<PathPolicy, PyPolicy, py::smart_holder>(m, "PathPolicy")
-      .def(py::init<>())
-      .def_property_readonly("name", &PathPolicy::name)
-      .def("plan", &call, py::arg("keys"), py::kw_only(), py::arg("prefill"), py::arg("decode") = py::none(),
-           py::arg("helpers") = std::vector<NodeView>());
-  register_policy_class<PrefillOnly>(m, "PrefillOnly");
-  register_policy_class<DecodeOnly>(m, "DecodeOnly");
-  register_policy_class<RoundRobin>(m, "RoundRobin");
-  py::class_<ShortestQueue, PathPolicy, py::smart_holder>(m, "ShortestQueue")
+  policy_class<PathPolicy>(m, "PathPolicy").def(py::init<>()).def_property_readonly("name", &PathPolicy::name);
+  policy_class<PrefillOnly, PathPolicy>(m, "PrefillOnly").def(py::init<>());
+  policy_class<DecodeOnly, PathPolicy>(m, "DecodeOnly").def(py::init<>());
+  policy_class<RoundRobin, PathPolicy>(m, "RoundRobin").def(py::init<>());
+  policy_class<ShortestQueue, PathPolicy>(m, "ShortestQueue")
       .def(py::init<double>(), py::kw_only(), py::arg("margin") = 0.1);
-  py::class_<Split, PathPolicy, py::smart_holder>(m, "Split")
+  policy_class<Split, PathPolicy>(m, "Split")
       .def(py::init<std::uint32_t, std::uint32_t>(), py::kw_only(), py::arg("max_sides") = 4,
            py::arg("helper_blocks") = 4);
-  py::class_<Recompute, PathPolicy, py::smart_holder>(m, "Recompute")
+  policy_class<Recompute, PathPolicy>(m, "Recompute")
       .def(py::init<std::shared_ptr<PathPolicy>, double>(), py::arg("inner"), py::kw_only(), py::arg("margin") = 0.1)
       .def("observe", &Recompute::observe, py::arg("cached"), py::arg("tokens"), py::arg("seconds"));
 }

@@ -36,8 +36,11 @@ void PrefillRate::observe(std::uint64_t cached, std::uint64_t tokens, double sec
 double PrefillRate::seconds(std::uint64_t cached, std::uint64_t tokens) const {
   if (!known()) return 0;
   LeastSquares::Fit fit;
-  // Prefills that were all alike tell only what they took on average: all of it is counted to the tokens.
-  if (!samples_->fit.solve(fit)) fit = {0, samples_->fit.mean_y() / samples_->fit.mean_first(), 0};
+  // Prefills that were all alike, or whose times don't grow with what they computed, tell only what they took on
+  // average: all of it is counted to the tokens.
+  if (!samples_->fit.solve(fit) || fit.first + fit.second == 0) {
+    fit = {0, samples_->fit.mean_y() / samples_->fit.mean_first(), 0};
+  }
   return fit.first * static_cast<double>(tokens) + fit.second * AttentionModel::operations({cached, tokens});
 }
 
@@ -53,6 +56,10 @@ Plan Recompute::plan(const PlanRequest& request) {
   const std::vector<Side> sides = sides_of(request);
   const double block_bytes = static_cast<double>(request.prefill.block_bytes);
   const std::uint64_t per_block = request.prefill.tokens_per_block;
+  double pace = 0;
+  for (const Side& side : sides) pace += side.pace();
+  // The last block is the dearest to compute.
+  if (rate_.seconds((blocks - 1) * per_block, per_block) > block_bytes / pace) return inner_->plan(request);
   // Until prefill can begin with so many blocks loaded, and the others computed.
   const auto seconds = [&](std::uint32_t loaded) {
     const double load = loaded == 0 ? 0 : share_out(sides, loaded * block_bytes).seconds;

@@ -1,4 +1,4 @@
-// The cost model of path policies: measured rates, queues, links and staging of each side.
+// The cost model of path policies: measured rates, queues and links of each side.
 #include "policy/sides.h"
 
 #include <algorithm>
@@ -10,41 +10,13 @@ namespace {
 
 // A link that was measured while something held it up is not believed to be slower than this part of the reads.
 constexpr double kSlowestLink = 1.0 / 16;
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int kBisections = 60;  // beyond the precision of a double's ratio of times
 
-// What each side has by `seconds` if it keeps to its room; if that is too little for all, its room is filled first.
-class Supply {
- public:
-  Supply(const std::vector<Side>& sides, double bytes) : sides_(sides) {
-    double room = 0;
-    for (const Side& side : sides) room += side.room_bytes();
-    crowded_ = room < bytes;
-  }
-  bool crowded() const { return crowded_; }
-  double of(const Side& side, double seconds) const {
-    const double room = side.room_bytes(), bytes = side.bytes_by(seconds);
-    return crowded_ ? std::max(room, bytes) : std::min(room, bytes);
-  }
-  double total(double seconds) const {
-    double sum = 0;
-    for (const Side& side : sides_) sum += of(side, seconds);
-    return sum;
-  }
-  // Enough for so many bytes.
-  double late(double bytes) const {
-    double one = kInfinity, all = 0;
-    for (const Side& side : sides_) {
-      if (crowded_ || side.room_bytes() >= bytes) one = std::min(one, side.seconds_for(bytes));
-      all = std::max(all, side.seconds_for(std::min(side.room_bytes(), bytes)));
-    }
-    return one < kInfinity ? one : all;
-  }
-
- private:
-  const std::vector<Side>& sides_;
-  bool crowded_ = false;
-};
+double total_by(const std::vector<Side>& sides, double seconds) {
+  double sum = 0;
+  for (const Side& side : sides) sum += side.bytes_by(seconds);
+  return sum;
+}
 
 }  // namespace
 
@@ -59,11 +31,7 @@ double Side::seconds_for(double bytes) const {
   return link_rate_ > 0 ? std::max(read, (link_queue_ + bytes) / link_rate_) : read;
 }
 
-double Side::room_bytes() const {
-  // Every node with staging can hold some prompt; without that, it has not said.
-  if (view_->prompt_slots == 0) return kInfinity;
-  return static_cast<double>(view_->free_slots) * static_cast<double>(view_->block_bytes);
-}
+double Side::pace() const { return link_rate_ > 0 ? std::min(read_rate_, link_rate_) : read_rate_; }
 
 std::vector<double> Side::turns() const {
   std::vector<double> out{seconds_for(0)};
@@ -71,7 +39,6 @@ std::vector<double> Side::turns() const {
   if (link_rate_ > 0 && link_rate_ != read_rate_) {
     out.push_back((read_queue_ - link_queue_) / (read_rate_ - link_rate_));
   }
-  if (room_bytes() < kInfinity) out.push_back(seconds_for(room_bytes()));
   return out;
 }
 
@@ -99,20 +66,15 @@ std::vector<Side> sides_of(const PlanRequest& request) {
 }
 
 Shares share_out(const std::vector<Side>& sides, double bytes) {
-  const Supply supply(sides, bytes);
-  double early = 0, late = supply.late(bytes);
+  double early = 0, late = std::numeric_limits<double>::infinity();
+  for (const Side& side : sides) late = std::min(late, side.seconds_for(bytes));
   for (int i = 0; i < kBisections && late - early > late * 1e-12; ++i) {
     const double middle = early + (late - early) / 2;
-    (supply.total(middle) < bytes ? early : late) = middle;
+    (total_by(sides, middle) < bytes ? early : late) = middle;
   }
   Shares out;
   out.seconds = late;
-  for (const Side& side : sides) {
-    out.bytes.push_back(supply.of(side, late));
-    // A room that had to be filled may take longer.
-    if (supply.crowded() && out.bytes.back() > 0)
-      out.seconds = std::max(out.seconds, side.seconds_for(out.bytes.back()));
-  }
+  for (const Side& side : sides) out.bytes.push_back(side.bytes_by(late));
   return out;
 }
 
@@ -122,12 +84,8 @@ std::vector<double> turning_points(const std::vector<Side>& sides, double bytes,
     for (const double time : side.turns()) times.push_back(time);
   }
   std::vector<double> out;
-  for (const double most : {0.0, bytes}) {  // as long as there is room for all, and if there is none
-    const Supply supply(sides, most);
-    if (most > 0 && !supply.crowded()) break;
-    for (const double time : times) {
-      if (time >= 0) out.push_back(std::min(bytes, supply.total(time)));
-    }
+  for (const double time : times) {
+    if (time >= 0) out.push_back(std::min(bytes, total_by(sides, time)));
   }
   return out;
 }

@@ -10,7 +10,8 @@
 namespace dualkv {
 
 // One node as a supply of blocks. It has queued what it will read first, then reads at its rate; what it relays also
-// waits for the link behind all that is in flight there (HIGH traffic goes first), and then for the link's rate.
+// waits for the link behind all that is in flight there (HIGH traffic goes first), and then for the link's rate. Room in
+// its staging is no cost of its own: slots come back at the pace of its reads or link (decisions/0005).
 class Side {
  public:
   Side(const NodeView& view, Path path) : view_(&view), path_(path) {}
@@ -24,9 +25,9 @@ class Side {
   double bytes_by(double seconds) const;
   // When so many bytes are done.
   double seconds_for(double bytes) const;
-  // Bytes its staging has room for at once; infinite if it does not say.
-  double room_bytes() const;
-  // When its pace changes: it begins, it meets its link, its staging is full.
+  // Bytes/s of what it reads and relays, once its queues are done.
+  double pace() const;
+  // When its pace changes: it begins, it meets its link.
   std::vector<double> turns() const;
 
  private:
@@ -43,8 +44,7 @@ class Side {
 // must outlive them.
 std::vector<Side> sides_of(const PlanRequest& request);
 
-// When all sides together are done with so many bytes, if they share them best, and how many each reads. Bytes go first
-// to where staging has room; what fits nowhere waits, wherever it is read.
+// When all sides together are done with so many bytes, if they share them best, and how many each reads.
 struct Shares {
   double seconds = 0;
   std::vector<double> bytes;

@@ -104,7 +104,7 @@ SimResult Cluster::run() {
       now_ = load.end_s;
       break;
     }
-    require(now_ < FlowNet::kNever, "nothing is due, and requests are on their way");
+    require(events_.work() || net_.flows() > 0 || scheduling_ > 0, "nothing is due, and requests are on their way");
     ++result_.events;
     if (flow_end <= event_time) {
       flow_ended(net_.finish_next());

@@ -119,9 +119,8 @@ class ShortestQueue : public PathPolicy {
   std::string last_;
 };
 
-// One request over all sides, so that they finish at the same instant given their queues, measured rates, links and
-// room in staging; with helpers, over their storage NICs too. Beyond the paper, which leaves splitting to future work
-// (6.1).
+// One request over all sides, so that they finish at the same instant given their queues, measured rates and links;
+// with helpers, over their storage NICs too. Beyond the paper, which leaves splitting to future work (6.1).
 class Split : public PathPolicy {
  public:
   // At most `max_sides` read: those with the largest shares. Helpers with less than `helper_blocks` are left
@@ -147,20 +146,25 @@ class PrefillRate {
   // `seconds` that computing `tokens` new tokens behind `cached` ones took, waits left out. Values that can't be are
   // ignored.
   void observe(std::uint64_t cached, std::uint64_t tokens, double seconds);
-  bool known() const { return observations_ > 0; }
+  // Some prefills were seen: a fit of a few is noise.
+  bool known() const { return observations_ >= kEnough; }
   // What `tokens` more take behind `cached` ones in a forward pass that is made anyway. 0 while not known.
   double seconds(std::uint64_t cached, std::uint64_t tokens) const;
 
  private:
   struct Samples;
+  static constexpr std::uint64_t kEnough = 16;
+
   std::unique_ptr<Samples> samples_;
   std::uint64_t observations_ = 0;
 };
 
 // Plans with another policy, but leaves the hit's last blocks to the engine where computing them again is sooner than
 // loading them: storage brings the first blocks while the engine is busy with what it has, and the boundary is where
-// both are done, if all sides load. Needs NodeView::compute_queue_s of the prefill node and observed prefills; else it
-// plans like the other policy. What it gains must be at least `margin` of the time. Not thread-safe.
+// both are done, if all sides load. Needs NodeView::compute_queue_s of the prefill node and 16 observed prefills; else
+// it plans like the other policy, as it does where computing a block takes longer than reading it behind no queue: that
+// would help one request, and delay all that wait for the engine. What it gains must be at least `margin` of the time.
+// Not thread-safe.
 class Recompute : public PathPolicy {
  public:
   // Throws Error(kInvalidArgument) for no policy, or unless 0 <= margin < 1.

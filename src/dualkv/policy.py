@@ -34,14 +34,14 @@ __all__ = [
 class Recompute(_dualkv.Recompute):
     """Plans with another policy, but leaves the hit's last blocks to the engine where computing is sooner than loading.
 
-    For storage that is slower than compute. It decides for one request: where many wait for shared storage that is
-    faster than compute, each computes rather than waits, and all of them end later (docs/simulator.md).
+    For storage that is slower than compute: where a block takes longer to compute than to read behind no queue, all is
+    loaded, however long the queue is. Else each request would gain and all of them would wait for the engine.
 
     Storage brings the first blocks while the engine works off what it has; the boundary is where both are done. Then
     ``plan.keys`` are only the blocks that are loaded, and ``plan.recompute_blocks`` those behind them: prefill begins
     behind ``len(plan.keys)`` blocks. Nothing is recomputed for a prefill view without ``compute_queue_s`` (pass
     ``node.view(compute_queue_s=...)``, which says that the caller minds the boundary), nor before :meth:`observe` has
-    seen a prefill.
+    seen 16 prefills.
 
     Args:
         inner: plans what is loaded; a :class:`Split` if not given.

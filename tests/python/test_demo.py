@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from dualkv.cli.main import cli
+from dualkv.engines.prefill import Pace
 
 TRACE = Path(
     os.environ.get("DUALKV_TRACE_FILE", Path(__file__).parents[3] / "shared/data/agentic_coding_traces.jsonl.gz")
@@ -100,3 +101,14 @@ def test_bad_arguments_are_refused_before_anything_starts(arguments: list[str], 
     assert result.exit_code != 0
     assert said in result.output + str(result.exception)
     assert not (tmp_path / "work").exists()
+
+
+def test_a_short_prefill_does_not_make_the_queue_look_long() -> None:
+    pace = Pace()
+    assert pace.token_s == 0, "nothing was computed yet"
+    pace.observe(10_000, 1.0)
+    pace.observe(1, 0.01)  # what a forward pass takes whatever it computes
+    assert pace.token_s == pytest.approx(1e-4, rel=0.02)
+    for _ in range(100):
+        pace.observe(1000, 1.0)
+    assert pace.token_s == pytest.approx(1e-3, rel=0.02), "later ones count more"

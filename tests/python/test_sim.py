@@ -121,6 +121,15 @@ class Late(dualkv.PathPolicy):
         return dualkv.Plan(keys=keys, ranges=ranges)
 
 
+class Swapped(dualkv.Split):
+    """A user's change to a policy of ours."""
+
+    def plan(self, keys: Any, *, prefill: Any, decode: Any, helpers: Any) -> Any:
+        plan = super().plan(keys, prefill=prefill, decode=decode, helpers=helpers)
+        assert plan.reason.startswith("split")
+        return Late().plan(keys, prefill=prefill, decode=decode, helpers=helpers)
+
+
 class Broken(dualkv.PathPolicy):
     def plan(self, keys: Any, **_: Any) -> Any:
         raise ZeroDivisionError("a policy with a bug")
@@ -130,6 +139,8 @@ def test_policies_of_users() -> None:
     outcome = simulate(storage_bound(), Mode("", policy=lambda _: Late()))
     assert outcome.snic_bytes[0] == 0
     assert outcome.snic_bytes[1] == outcome.bytes["read"]
+    for policy in (Swapped(), dualkv.Recompute(Swapped())):
+        assert simulate(storage_bound(), Mode("", policy=lambda _, policy=policy: policy)).snic_bytes[0] == 0
     with pytest.raises(ZeroDivisionError, match="a policy with a bug"):
         simulate(storage_bound(), Mode("", policy=lambda _: Broken()))
 

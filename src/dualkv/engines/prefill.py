@@ -8,14 +8,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 import dualkv
 from dualkv.engines.blocks import BlockPool, ResidentPrefixes
 
-_PACE_MEMORY = 0.9  # of the pace of computing, at each prefill
 _READ_FAILURES = {"not_found", "corrupt", "io"}  # a shorter hit may still work
 
 
@@ -66,6 +65,26 @@ class Prefilled:
     layer_done_s: list[float] = field(default_factory=list)
 
 
+@dataclass
+class Pace:
+    """Seconds a token of computing, lately: of sums, so that a short prefill counts for the little it took."""
+
+    _seconds: float = 0.0
+    _tokens: float = 0.0
+
+    _MEMORY: ClassVar = 0.9  # at each prefill
+
+    @property
+    def token_s(self) -> float:
+        """0 while nothing was computed."""
+        return self._seconds / self._tokens if self._tokens else 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """One prefill."""
+        self._seconds = self._MEMORY * self._seconds + seconds
+        self._tokens = self._MEMORY * self._tokens + tokens
+
+
 class PrefillEngine:
     """One prefill engine. ``helpers`` are nodes whose storage NICs may help besides the decode node's."""
 
@@ -85,7 +104,7 @@ class PrefillEngine:
         self.resident = ResidentPrefixes() if resident else None
         self.blocks = BlockPool(compute.block_count)
         self._gpu = asyncio.Lock()  # one forward pass at a time; loads of later requests go on meanwhile
-        self._token_s = 0.0  # of computing, lately
+        self._pace = Pace()
         self._tokens = 0  # that will be computed for the requests that are here
 
     async def prefill(
@@ -135,7 +154,7 @@ class PrefillEngine:
         new = len(tokens) - (base + stored) * per_block
         plan = self.policy.plan(
             keys[:stored],
-            prefill=self.node.view(compute_queue_s=(self._tokens + new) * self._token_s),
+            prefill=self.node.view(compute_queue_s=(self._tokens + new) * self._pace.token_s),
             decode=decode.view(),
             helpers=[helper.view() for helper in helpers if helper.connected],
         )
@@ -175,7 +194,6 @@ class PrefillEngine:
     def _learn(self, cached: int, tokens: int, done: Prefilled) -> None:
         """How long computing took, without the waits for layers."""
         took = sum(end - begin for begin, end in zip(done.layer_compute_s, done.layer_done_s, strict=True))
-        memory = _PACE_MEMORY if self._token_s else 0.0
-        self._token_s = memory * self._token_s + (1 - memory) * took / tokens
+        self._pace.observe(tokens, took)
         if isinstance(self.policy, dualkv.Recompute):
             self.policy.observe(cached, tokens, took)

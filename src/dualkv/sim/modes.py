@@ -33,8 +33,8 @@ class Mode:
 
 def observed(policy: Recompute, compute: Compute) -> Recompute:
     """The policy, after it has seen some prefills of such an engine."""
-    for cached in (2_000, 16_000, 48_000):
-        for tokens in (100, 500, 2_000):
+    for cached in (2_000, 8_000, 16_000, 48_000):
+        for tokens in (100, 500, 1_000, 2_000):
             policy.observe(cached, tokens, compute.forward_s + compute.prefill_s(cached, tokens))
     return policy
 
