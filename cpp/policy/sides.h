@@ -10,8 +10,8 @@
 namespace dualkv {
 
 // One node as a supply of blocks. It has queued what it will read first, then reads at its rate; what it relays also
-// waits for the link behind all that is in flight there (HIGH traffic goes first), and then for the link's rate. Room in
-// its staging is no cost of its own: slots come back at the pace of its reads or link (decisions/0005).
+// waits for the link behind all that is in flight there (HIGH traffic goes first), and then for the link's rate. Room
+// in its staging is no cost of its own: slots come back at the pace of its reads or link (decisions/0005).
 class Side {
  public:
   Side(const NodeView& view, Path path) : view_(&view), path_(path) {}
