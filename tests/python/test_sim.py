@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from dualkv.cli.sim import _MODELS, _MODES, _PARTS, sim
 from dualkv.demo.cluster import Topology
 from dualkv.demo.run import DemoOptions
 from dualkv.sim import MODELS, MODES, Compute, Engine, Hardware, Mode, Setup, Workload, capacity, paper, simulate
+from dualkv.sim.beyond import beyond
 from dualkv.sim.capacity import Objectives, run_at
-from dualkv.sim.validate_local import predict
-from dualkv.sim.validate_paper import PARTS, Cell, summary, targets, validate_paper
+from dualkv.sim.validate_local import LocalCell, LocalValidation, predict
+from dualkv.sim.validate_paper import PARTS, Cell, Target, Validation, summary, targets, validate_paper
 
 SMALL = Engine(
     name="small",
@@ -110,6 +113,13 @@ def test_figures() -> None:
     assert fields["tpot_s"]["mean"] == 0
     assert 1 <= outcome.snic_max_avg(outcome.jct_s) <= 2
     assert json.loads(json.dumps(fields)) == fields
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_of_a_run_that_finished_nothing() -> None:
+    outcome = run_at(storage_bound(), "basic", 5.0, 0.1)
+    assert outcome.to_json()["requests"] == 0
+    assert set(outcome.breakdown().values()) == {0.0}
 
 
 class Late(dualkv.PathPolicy):
@@ -203,6 +213,96 @@ def test_capacity_is_where_the_objectives_end() -> None:
     assert 1.6 < dual / basic < 2.4
     assert loose.hold(run_at(setup, "basic", basic))
     assert not loose.hold(run_at(setup, "basic", 2 * basic))
+
+
+LOOSE = Objectives(ttft_s=30.0, tpot_s=1.0)
+
+
+def test_a_run_that_finished_nothing_does_not_hold() -> None:
+    assert not LOOSE.hold(run_at(storage_bound(), "basic", 5.0, 0.1))
+
+
+def test_capacity_is_zero_where_no_rate_holds() -> None:
+    never = Objectives(ttft_s=0.0)
+    for near in (None, 0.0, 0.2, 5.0):
+        assert capacity(storage_bound(), "basic", most=0.3, near=near, objectives=never) == 0.0
+
+
+@pytest.mark.parametrize("near", [None, 0.12, 0.2, 0.01])
+def test_capacity_may_be_above_what_was_believed_to_be_the_most(near: float | None) -> None:
+    setup = storage_bound()
+    found = capacity(setup, "basic", most=0.04, near=near, objectives=LOOSE, precision=0.1)
+    assert found == pytest.approx(1 / 8, rel=0.2)
+    assert LOOSE.hold(run_at(setup, "basic", found))
+
+
+def test_capacity_ends_where_every_rate_holds() -> None:
+    always = Objectives(ttft_s=math.inf, tpot_s=math.inf)
+    assert capacity(storage_bound(), "basic", most=0.01, objectives=always) == pytest.approx(0.16)
+
+
+# --- beyond the paper
+
+
+@pytest.fixture
+def quick_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one small model, with figures that cost nothing and an online run in which nothing finishes."""
+    module = importlib.import_module("dualkv.sim.beyond")
+    monkeypatch.setattr(module, "MODELS", {"ds27b": dataclasses.replace(MODELS["ds27b"], memory_tokens=150e3)})
+    monkeypatch.setattr(module, "simulate", lambda setup, mode: simulate(storage_bound(1), mode))
+    monkeypatch.setattr(module, "capacity", lambda setup, mode, **_: 0.5)
+    monkeypatch.setattr(module, "run_at", lambda setup, mode, rate, seconds: run_at(setup, mode, rate, 0.01))
+
+
+def write_trace(path: Path, *input_tokens: int) -> Path:
+    """A session of one turn each."""
+    sessions = [
+        {"id": str(i), "block_size": n, "requests": [{"t": 0, "in": n, "out": 5, "hash_ids": [i]}]}
+        for i, n in enumerate(input_tokens)
+    ]
+    path.write_text("".join(json.dumps(session) + "\n" for session in sessions))
+    return path
+
+
+@pytest.mark.usefixtures("quick_beyond")
+def test_what_was_not_measured_is_no_gain() -> None:
+    found = beyond(no_stage)
+    tails = [row for row in found["rows"] if row["figure"].startswith("TTFT")]
+    assert len(tails) == 2
+    assert all(row[name] is None for row in tails for name in ("scheduled", "nway", "nway_gain"))
+    assert found["summary"]["nway"]["worst_p99_ttft_gain"] is None
+    assert found["summary"]["nway"]["worst_gain"] is not None
+    assert found["dropped_sessions"] == {}
+
+
+@pytest.mark.usefixtures("quick_beyond")
+def test_no_capacity_is_nothing_to_gain_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("dualkv.sim.beyond"), "capacity", lambda *_, **__: 0.0)
+    found = beyond(no_stage)
+    assert found["rows"][-1]["figure"] == "capacity, agents/s"
+    assert found["rows"][-1]["split_gain"] is None
+
+
+@pytest.mark.usefixtures("quick_beyond")
+def test_sessions_that_do_not_fit_a_model_are_counted(tmp_path: Path) -> None:
+    found = beyond(no_stage, trace=str(write_trace(tmp_path / "some.jsonl", 130, 90_000, 80_000)))
+    assert found["dropped_sessions"] == {"ds27b trace": 2}
+    assert any(row["workload"].startswith("ds27b trace") for row in found["rows"])
+    found = beyond(no_stage, trace=str(write_trace(tmp_path / "none.jsonl", 90_000)))
+    assert found["dropped_sessions"] == {"ds27b trace": 1}
+    assert not any(row["workload"].startswith("ds27b trace") for row in found["rows"])
+
+
+@pytest.mark.usefixtures("quick_beyond")
+def test_beyond_prints_what_is_missing(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "some.jsonl", 130, 90_000)
+    shown = CliRunner().invoke(sim, ["--beyond", "--trace", str(trace)])
+    assert shown.exit_code == 0, shown.output
+    assert "ds27b trace: 1 session was left out" in shown.output
+    tail = next(line for line in shown.stdout.splitlines() if "TTFT p99 s" in line)
+    assert tail.split()[-4:] == ["-"] * 4
+    as_json = CliRunner().invoke(sim, ["--beyond", "--trace", str(trace), "--json"])
+    assert json.loads(as_json.stdout)["dropped_sessions"] == {"ds27b trace": 1}
 
 
 # --- validation
@@ -300,12 +400,75 @@ def test_command(tmp_path: Path) -> None:
         (["--validate", "local", "--beyond"], "two commands"),
         (["--rate", "0"], "0"),
         (["--model", "gpt"], "ds27b"),
+        (["--beyond", "--html", "x.html"], "--html goes with a simulation or --validate paper"),
+        (["--validate", "local", "--html", "x.html"], "--html goes with a simulation or --validate paper"),
+        *(
+            ([*action.split(), *option], f"{option[0]} has no effect with {action}")
+            for action in ("--beyond", "--validate paper", "--validate local")
+            for option in (
+                ["--model", "ds660b"],
+                ["--topology", "2P4D"],
+                ["--dataset", "64K"],
+                ["--agents", "1024"],
+                ["--rate", "1"],
+                ["--seconds", "3600"],
+                ["--modes", "basic"],
+            )
+        ),
+        (["--validate", "paper", "--trace", __file__], "--trace has no effect with --validate paper"),
+        (["--validate", "local", "--trace", __file__], "--trace has no effect with --validate local"),
     ],
 )
 def test_wrong_options_are_usage_errors(arguments: list[str], says: str) -> None:
     result = CliRunner().invoke(sim, arguments)
     assert result.exit_code == 2
     assert says in result.output
+
+
+@pytest.mark.parametrize("output", [[], ["--json"], ["--html"]])
+def test_a_run_that_finishes_nothing_is_an_error(tmp_path: Path, output: list[str]) -> None:
+    output = [*output, str(tmp_path / "sim.html")] if output == ["--html"] else output
+    result = CliRunner().invoke(sim, ["--rate", "0.001", "--seconds", "1", "--modes", "split", *output])
+    assert isinstance(result.exception, dualkv.Error)
+    assert result.exception.code == "invalid_argument"
+    assert "no request finished under split in 1 s" in str(result.exception)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("value", "status"), [(0.05, 0), (0.2, 1)])
+def test_a_missed_target_of_the_paper_is_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float, status: int
+) -> None:
+    cells = [Cell("offline", "a 32K", "basic/ours", 2.0, 2 * (1 + value), value)]
+    found = Validation(cells, {}, [Target("error", value, 0.1, value <= 0.1)], {"calibrated_on": "", "basic_cells": {}})
+    module = importlib.import_module("dualkv.sim.validate_paper")
+    monkeypatch.setattr(module, "validate_paper", lambda *_: found)
+    report = tmp_path / "paper.html"
+    result = CliRunner().invoke(sim, ["--validate", "paper", "--html", str(report)])
+    assert result.exit_code == status, result.output
+    assert f"report: {report.resolve()}" in result.output
+    assert report.exists()
+    as_json = CliRunner().invoke(sim, ["--validate", "paper", "--json"])
+    assert as_json.exit_code == status
+    assert json.loads(as_json.stdout)["targets"][0]["met"] is (status == 0)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "exact", "status"), [(2.1, True, 0), (2.3, True, 1), (1.7, True, 1), (2.1, False, 1)]
+)
+def test_a_missed_target_of_real_engines_is_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, predicted: float, exact: bool, status: int
+) -> None:
+    found = LocalValidation({}, [LocalCell("1P1D", "split", 1.0, 1.0, 2.0, predicted)], exact)
+    module = importlib.import_module("dualkv.sim.validate_local")
+    monkeypatch.setattr(module, "validate_local", lambda *_: found)
+    result = CliRunner().invoke(sim, ["--validate", "local"])
+    assert result.exit_code == status, result.output
+    as_json = CliRunner().invoke(sim, ["--validate", "local", "--json"])
+    assert as_json.exit_code == status
+    fields = json.loads(as_json.stdout)
+    assert fields["target"] == 0.1
+    assert (fields["met"] and fields["exact"]) is (status == 0)
 
 
 def test_help_shows_an_example() -> None:

@@ -28,9 +28,12 @@ def beyond(stage: Stage, *, trace: str | None = None, seed: int = 1) -> dict[str
     """JCT offline, agents/s online, and TTFT at 0.8 of the paper's capacity, of each mode.
 
     Returns:
-        ``{rows, summary}``. A row has ``workload``, ``figure``, a value for each mode, and ``<mode>_gain``: how much
-        better than ``scheduled``, relative; positive is better, whatever the figure.
+        ``{rows, summary, dropped_sessions}``. A row has ``workload``, ``figure``, a value for each mode, and
+        ``<mode>_gain``: how much better than ``scheduled``, relative; positive is better, whatever the figure. Values
+        are None where no request finished, gains where there is nothing to compare with. ``dropped_sessions``: how many
+        of the trace's, by workload, have a turn that does not fit half a decode engine's memory.
     """
+    dropped: dict[str, int] = {}
     loads: dict[str, tuple[Setup, float, tuple[int, ...]]] = {}
     for model, engine in MODELS.items():
         setup = Setup(engine, Workload.generated("64K", 1, seed=seed))
@@ -43,10 +46,13 @@ def beyond(stage: Stage, *, trace: str | None = None, seed: int = 1) -> dict[str
                 for session in sessions
                 if all(turn.input_tokens + turn.output_tokens < engine.memory_tokens / 2 for turn in session.turns)
             ]
-            setup = Setup(engine, Workload.recorded(fitting, 1, think=False, seed=seed))
-            loads[f"{model} trace"] = (setup, BEYOND_ANY[model], _OFFLINE[model])
+            name = f"{model} trace"
+            dropped[name] = len(sessions) - len(fitting)
+            if fitting:
+                setup = Setup(engine, Workload.recorded(fitting, 1, think=False, seed=seed))
+                loads[name] = (setup, BEYOND_ANY[model], _OFFLINE[model])
     rows = _offline(stage, loads) + _online(stage, loads)
-    return {"rows": rows, "summary": _summary(rows)}
+    return {"rows": rows, "summary": _summary(rows), "dropped_sessions": dropped}
 
 
 def _offline(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...]]]) -> list[dict[str, Any]]:
@@ -86,9 +92,11 @@ def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...
         values = {mode: found[name, mode] for mode in _ALL}
         rows.append(_row(name, "capacity, agents/s", values, lower=False))
 
-    def ttft(setup: Setup, rate: float, mode: str) -> tuple[float, float]:
+    def ttft(setup: Setup, rate: float, mode: str) -> tuple[float | None, float | None]:
         # Long enough for a hundred agents.
         each = run_at(setup, mode, rate, max(_ONLINE_S, _AGENTS / rate)).ttft_s
+        if not len(each):
+            return None, None
         return float(np.mean(each)), float(np.percentile(each, 99))
 
     latencies = {
@@ -103,30 +111,33 @@ def _online(stage: Stage, loads: Mapping[str, tuple[Setup, float, tuple[int, ...
             continue
         label = f"{name}, {_LOAD * found[name, PAPER]:.3f} agents/s"
         for i, figure in enumerate(("TTFT mean s", "TTFT p99 s")):
-            values = {mode: times[name, mode][i] for mode in _ALL}
-            rows.append(_row(label, figure, values, lower=True))
+            measured = {mode: times[name, mode][i] for mode in _ALL}
+            rows.append(_row(label, figure, measured, lower=True))
     return rows
 
 
-def _row(workload: str, figure: str, values: Mapping[str, float], *, lower: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"workload": workload, "figure": figure, **values}
-    base = values[PAPER]
-    for mode in MODES:
-        gain = (base - values[mode] if lower else values[mode] - base) / base if base else 0.0
-        row[f"{mode}_gain"] = gain
-    return row
+def _row(workload: str, figure: str, values: Mapping[str, float | None], *, lower: bool) -> dict[str, Any]:
+    gains = {f"{mode}_gain": _gain(values[PAPER], values[mode], lower=lower) for mode in MODES}
+    return {"workload": workload, "figure": figure, **values, **gains}
+
+
+def _gain(base: float | None, value: float | None, *, lower: bool) -> float | None:
+    if not base or value is None:
+        return None
+    return (base - value if lower else value - base) / base
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each mode: the least gain of JCT and capacity, the largest, and the least gain of p99 TTFT."""
+    """Of each mode: the least and the largest gain of JCT and capacity, and of p99 TTFT; None where there is none."""
     out = {}
     for mode in MODES:
-        amounts = [row[f"{mode}_gain"] for row in rows if not row["figure"].startswith("TTFT")]
-        tails = [row[f"{mode}_gain"] for row in rows if row["figure"] == "TTFT p99 s"]
+        known = [(row["figure"], row[f"{mode}_gain"]) for row in rows if row[f"{mode}_gain"] is not None]
+        amounts = [gain for figure, gain in known if not figure.startswith("TTFT")]
+        tails = [gain for figure, gain in known if figure == "TTFT p99 s"]
         out[mode] = {
-            "worst_gain": min(amounts, default=0.0),
-            "best_gain": max(amounts, default=0.0),
-            "worst_p99_ttft_gain": min(tails, default=0.0),
-            "best_p99_ttft_gain": max(tails, default=0.0),
+            "worst_gain": min(amounts, default=None),
+            "best_gain": max(amounts, default=None),
+            "worst_p99_ttft_gain": min(tails, default=None),
+            "best_p99_ttft_gain": max(tails, default=None),
         }
     return out

@@ -13,6 +13,7 @@ _WINDOW_S = 150.0
 _APART_S = 1800.0
 _STEADY = 0.05
 _HORIZON_S = 7200.0
+_HIGHEST = 16.0  # times what was believed to be the most: beyond it, no rate is tried
 
 BEYOND_ANY = {"ds27b": 1.2, "ds660b": 1.0, "qwen2.5-32b": 0.3}
 """Agents/s that no mode of a model can serve on the paper's workloads."""
@@ -28,8 +29,10 @@ class Objectives:
     def hold(self, outcome: Outcome) -> bool:
         """A run is steady when its TTFT over 150 s differs by less than 5 % from that of 30 minutes earlier.
 
-        One that never is holds if no window up to its end breaks the objective.
+        One that never is holds if no window up to its end breaks the objective; one that finished no request does not.
         """
+        if not len(outcome.ttft_s):
+            return False
         first = outcome.requests["arrival_s"] + outcome.ttft_s
         window = (first / _WINDOW_S).astype(int)
         # The last is cut off: its slow requests are not there.
@@ -55,26 +58,41 @@ def capacity(
     objectives: Objectives = Objectives(),
     precision: float = 0.02,
 ) -> float:
-    """Agents/s up to which the objectives hold, by bisection below ``most``, within ``precision`` of it.
+    """Agents/s up to which the objectives hold, by bisection, within ``precision`` of it.
 
-    ``near``: where it is expected; saves steps if it is within a fifth of that.
+    0 if they hold at no rate. ``most``: more than is expected; where they hold even there, it is doubled, up to 16
+    times, which is the answer where they always hold. ``near``: where it is expected, also above ``most``; saves steps
+    if it is within a fifth of that.
 
     Poisson arrivals for two hours, each agent from its first round. ``setup.workload``'s sessions and seed are used.
     """
-    low, high = 0.0, most
+    near = near or 0.0
+    low, high = 0.0, max(most, 1.2 * near)
+    highest = _HIGHEST * high
+    refuted = False  # at high
 
     def probe(rate: float) -> None:
-        nonlocal low, high
+        nonlocal low, high, refuted
         if objectives.hold(run_at(setup, mode, rate)):
             low = rate
         else:
-            high = rate
+            high, refuted = rate, True
 
-    for rate in () if near is None else (0.8 * near, 1.2 * near):
+    def bisect() -> None:
+        # Below one agent in a run, there is nothing to judge.
+        while high - low > precision * high and high * _HORIZON_S >= 1:
+            probe((low + high) / 2)
+
+    for rate in (0.8 * near, 1.2 * near):
         if low < rate < high:
             probe(rate)
-    while high - low > precision * high:
-        probe((low + high) / 2)
+    bisect()
+    while not refuted and low < highest:
+        probe(high)
+        if not refuted:
+            high *= 2
+    if refuted:
+        bisect()
     return low
 
 

@@ -13,7 +13,8 @@ class Outcome:
     """A finished run.
 
     Attributes:
-        jct_s: until the last answer.
+        jct_s: until the last answer. Of a workload with ``end_s``, its end, unless all agents were done before: how
+            long the run was, not a JCT.
         requests: columns, one entry a request: ``agent``, ``turn``, ``prefill`` and ``decode`` (engines),
             ``arrival_s``, and durations: ``scheduling_s``, ``reading_s``, ``queueing_s``, ``prefill_s``, ``second_s``
             (from the first to the second token), ``decode_s`` (from the first to the last), and ``output_tokens``.
@@ -51,7 +52,9 @@ class Outcome:
         return np.maximum(0, rest) / (self.requests["output_tokens"][many] - 2)
 
     def breakdown(self) -> dict[str, float]:
-        """Share of the mean time to the first token, by part."""
+        """Share of the mean time to the first token, by part; zeros when there is nothing."""
+        if not len(self.ttft_s):
+            return dict.fromkeys(PARTS, 0.0)
         total = float(np.mean(self.ttft_s)) or 1.0
         return {part: float(np.mean(self.requests[f"{part}_s"])) / total for part in PARTS}
 
