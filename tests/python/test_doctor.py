@@ -29,6 +29,7 @@ from dualkv.doctor import Check, check, devices, examine, machine, network, stor
 from dualkv.doctor.check import Context
 from dualkv.doctor.cures import FALLBACKS
 from dualkv.doctor.fallbacks import check_fallbacks
+from dualkv.lanes import LANES
 
 HERE = Path(__file__).parent
 DUALKV = ("-c", "from dualkv.cli.main import main; main()")
@@ -384,7 +385,7 @@ def test_a_sibling_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_marks_are_the_defaults_of_a_node() -> None:
     defaults = node_defaults()
     lanes = {lane: (defaults[f"{lane}_dscp"], defaults[f"{lane}_so_priority"]) for lane in ("low", "high")}
-    assert lanes == network._LANES
+    assert lanes == {lane: (marks.dscp, marks.so_priority) for lane, marks in LANES.items()}
 
 
 def test_refused_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,12 +34,14 @@ PYTHON = {
     "demo": {"", "demo", "traces"},
     "report": {"", "bench", "demo", "report", "sim"},
     "doctor": {"", "doctor"},
+    "fabric": {"", "fabric"},
+    "testbed": {"", "fabric", "testbed"},
     "bench": {"", "bench"},
     "integrations": {"", "integrations"},
     "planner": {"", "planner"},
     "sim": {"", "demo", "engines", "planner", "sim", "traces"},
     "proxy": {"", "proxy"},
-    "cli": {"", "bench", "cli", "demo", "doctor", "planner", "proxy", "report", "sim"},
+    "cli": {"", "bench", "cli", "demo", "doctor", "fabric", "planner", "proxy", "report", "sim"},
 }
 
 

@@ -8,6 +8,7 @@ import dualkv
 from dualkv.cli.bench import bench
 from dualkv.cli.demo import demo
 from dualkv.cli.doctor import doctor
+from dualkv.cli.fabric import fabric
 from dualkv.cli.plan import plan
 from dualkv.cli.proxy import proxy
 from dualkv.cli.sim import sim
@@ -24,6 +25,7 @@ def cli() -> None:
       dualkv demo                      basic against dualpath, split and oracle, on this machine
       dualkv bench storage --path /mnt/kv   a figure, and the limit beside it
       dualkv doctor /mnt/kv            what this machine can do, and what to change
+      dualkv fabric plan --fabric roce two lanes in the network, line by line
       dualkv sim --validate paper      the simulator against published figures
       dualkv store verify /mnt/kv ...  check every stored block
     """
@@ -32,6 +34,7 @@ def cli() -> None:
 cli.add_command(bench)
 cli.add_command(demo)
 cli.add_command(doctor)
+cli.add_command(fabric)
 cli.add_command(plan)
 cli.add_command(proxy)
 cli.add_command(sim)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 from dualkv.doctor.check import Check, Context, errno_text
 from dualkv.doctor.cures import FALLBACKS
+from dualkv.lanes import LANES, mark
 from dualkv.sizes import format_size
 
 _LEAST_BUFFER_BYTES = 4 << 20  # 10 Gbit/s over 3 ms
-_LANES = {"low": (8, 1), "high": (46, 6)}  # DSCP and SO_PRIORITY, the defaults of docs/settings.md
 _CHILD_S = 4.0
 _IOVEC = "class Iovec(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]"
 _HOLDER = """
@@ -54,15 +54,14 @@ def check_tcp_buffers(context: Context) -> Iterator[Check]:
 
 def _refused_marks(family: socket.AddressFamily, level: int, option: int) -> Iterator[str]:
     with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
-        for lane, (dscp, priority) in _LANES.items():
+        for lane, marks in LANES.items():
             try:
-                sock.setsockopt(level, option, dscp << 2)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
+                mark(sock, lane)
             except OSError as error:
                 yield f"{family.name} {lane}: {errno_text(error.errno or 0)}"
                 continue
             in_force = sock.getsockopt(level, option) >> 2, sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY)
-            if in_force != (dscp, priority):
+            if in_force != (marks.dscp, marks.so_priority):
                 yield f"{family.name} {lane}: DSCP and priority are {in_force}"
 
 
@@ -74,7 +73,7 @@ def check_tcp_marks(_: Context) -> Iterator[Check]:
     if refused:
         yield Check("TCP marks", "warn", f"refused: {'; '.join(refused)}", FALLBACKS["lane_not_marked"].cure)
         return
-    lanes = ", ".join(f"{lane} DSCP {dscp} and SO_PRIORITY {prio}" for lane, (dscp, prio) in _LANES.items())
+    lanes = ", ".join(f"{lane} DSCP {m.dscp} and SO_PRIORITY {m.so_priority}" for lane, m in LANES.items())
     yield Check("TCP marks", "ok", f"sockets take {lanes}")
 
 

@@ -1,0 +1,250 @@
+"""Lanes in the network: the plan line by line, and the testbed, where marks decide which queue a byte waits in."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import dualkv
+from dualkv.cli.main import cli
+from dualkv.fabric import FABRICS, LaneReport, measure_lanes, plan_fabric
+from dualkv.fabric.measure import Flow
+from dualkv.lanes import LANES
+from dualkv.testbed import Testbed, remove_leftovers
+
+DOC = (Path(__file__).parents[2] / "docs" / "lanes.md").read_text()
+RATE = 50_000_000
+NAMESPACES = Path("/run/netns")
+
+
+def texts(fabric: str, **options: Any) -> list[str]:
+    return [line.text for section in plan_fabric(fabric, **options) for line in section.lines]
+
+
+# --- the plan
+
+
+def test_the_papers_infiniband_settings() -> None:
+    lines = texts("infiniband")
+    for wanted in (
+        "qos TRUE",
+        "qos_max_vls 4",
+        "qos_high_limit 240",
+        "qos_vlarb_high 0:192,1:192,2:0,3:192",
+        "qos_vlarb_low 0:192,1:192,2:64,3:192",
+    ):
+        assert wanted in lines
+    mapping = next(line for line in lines if line.startswith("qos_sl2vl")).split()[1].split(",")
+    assert len(mapping) == 16, "a lane for each service level"
+    assert mapping[2] == "2", "KV's"
+
+
+@pytest.mark.parametrize(("share", "limit"), [(0.5, 1), (0.9, 9), (0.99, 99), (0.9999, 254)])
+def test_the_high_limit_is_the_share(share: float, limit: int) -> None:
+    assert f"qos_high_limit {limit}" in texts("infiniband", share=share), "and never 255, which shuts LOW out"
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 0.9, 0.999])
+def test_roce_weights_add_up_and_leave_low_something(share: float | None) -> None:
+    lines = "\n".join(texts("roce", share=share, interface="eth2"))
+    found = re.search(r"--tcbw ([\d,]+)", lines)
+    assert found
+    weights = [int(weight) for weight in found[1].split(",")]
+    assert sum(weights) == 100
+    assert weights[LANES["low"].dscp >> 3] >= 1
+    assert weights[LANES["high"].dscp >> 3] == max(weights) or share == 0.5
+    assert f"NCCL_IB_TC={LANES['high'].tos}" in lines
+    assert "eth0" not in lines
+
+
+def test_ethernet_classes_share_the_link() -> None:
+    lines = texts("ethernet", interface="eth3", rate=125_000_000)
+    rates = [int(rate) for line in lines for rate in re.findall(r"htb rate (\d+)kbit", line)]
+    assert rates == [1_000_000, 990_000, 10_000]
+
+
+@pytest.mark.parametrize("fabric", FABRICS)
+def test_every_line_has_its_reason_here_and_in_the_docs(fabric: str) -> None:
+    for section in plan_fabric(fabric):
+        for line in section.lines:
+            assert line.why.endswith("."), line.text
+            key = re.sub(r"dev \w+|-i \w+", "", line.text.removeprefix("export ").removeprefix("# ")).split("=")[0]
+            words = key.split()
+            name = " ".join(words[:2]) if words[0] in ("tc", "ip", "mlnx_qos", "smpquery") else words[0]
+            assert name in DOC, f"docs/lanes.md does not speak of {name!r}"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"fabric": "token ring"}, "token ring"),
+        ({"fabric": "roce", "share": 1.0}, "share 1.0"),
+        ({"fabric": "infiniband", "share": 0.2}, "share 0.2"),
+        ({"fabric": "ethernet", "rate": 10}, "rate 10"),
+    ],
+)
+def test_plans_that_cannot_be(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(dualkv.Error, match=named) as refused:
+        plan_fabric(**options)
+    assert refused.value.code == "invalid_argument"
+
+
+def test_plan_command() -> None:
+    shown = CliRunner().invoke(
+        cli, ["fabric", "plan", "--fabric", "ethernet", "--interface", "eth9", "--rate", "1GB/s"]
+    )
+    told = CliRunner().invoke(
+        cli, ["fabric", "plan", "--fabric", "ethernet", "--interface", "eth9", "--rate", "1GB/s", "--json"]
+    )
+    assert shown.exit_code == told.exit_code == 0, shown.output
+    for section in json.loads(told.stdout)["sections"]:
+        assert section["place"] in shown.stdout
+        for line in section["lines"]:
+            assert line["text"] in shown.stdout
+            assert line["why"] in shown.stdout
+
+
+def test_a_report_says_what_real_lanes_would_do() -> None:
+    good = LaneReport(100, 200, 110, 290, 9e7, 1e8, 9.6e7, 4.6e7, 5e7)
+    assert good.isolated
+    assert good.missed() == []
+    assert good.leakage == pytest.approx(0.45)
+    assert good.low_of_rest == pytest.approx(0.92)
+    bad = LaneReport(100, 200, 160, 310, 9e7, 1e8, 9.4e7, 1e7, 5e7)
+    assert not bad.isolated
+    assert len(bad.missed()) == 3
+    assert bad.to_json()["missed"] == bad.missed()
+
+
+# --- the testbed
+
+
+@pytest.fixture
+def bed() -> Iterator[Testbed]:
+    before = set(NAMESPACES.glob("dualkv-*"))
+    testbed = Testbed(2, rate=RATE)
+    try:
+        testbed.__enter__()
+    except dualkv.Error as error:
+        if error.code != "unsupported" or set(NAMESPACES.glob("dualkv-*")) - before:
+            raise  # or what failed left something behind
+        pytest.skip(str(error))
+    try:
+        yield testbed
+    finally:
+        testbed.__exit__()
+    assert set(NAMESPACES.glob("dualkv-*")) <= before
+
+
+def sent(bed: Testbed, node: int, lane: str) -> int:
+    """Bytes that the node's NIC has sent on a lane."""
+    shown = subprocess.run(
+        [*bed.prefix(node), "tc", "-s", "class", "show", "dev", "nic"], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(rf"class htb 1:{'10' if lane == 'high' else '20'} .*?Sent (\d+) bytes", shown, re.DOTALL)
+    assert found, shown
+    return int(found[1])
+
+
+@pytest.mark.root
+def test_flows_wait_in_the_queue_of_their_lane(bed: Testbed) -> None:
+    with Flow(bed.prefix(1), op="serve", host=bed.address(1), port=0) as server:
+        at = {"host": bed.address(1), "port": server.first_line()["port"]}
+        for lane, other in (("low", "high"), ("high", "low")):
+            before = {name: sent(bed, 0, name) for name in LANES}
+            with Flow(bed.prefix(0), op="flood", lane=lane, connections=2, seconds=0.3, rate=0, **at) as flow:
+                counted = flow.result(60)["bytes"]
+            assert counted > 0
+            assert sent(bed, 0, lane) - before[lane] >= counted
+            assert sent(bed, 0, other) - before[other] < 4096, "of the other lane, next to nothing"
+
+
+class Node:
+    """A dualkv node (peer_process.py) on a node of the testbed."""
+
+    def __init__(self, bed: Testbed, number: int) -> None:
+        program = str(Path(__file__).with_name("peer_process.py"))
+        self.process = subprocess.Popen(
+            [*bed.prefix(number), sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def call(self, op: str, **arguments: Any) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())["result"]
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.mark.root
+def test_a_prompts_kv_waits_in_the_queue_of_low(bed: Testbed, tmp_path: Path) -> None:
+    blocks = 32
+    with Node(bed, 0) as prefill, Node(bed, 1) as decode:
+        options = {"store": f"file://{tmp_path / 'store'}", "secret": "of the testbed"}
+        prefill.call("open", name="p", listen=[], **options)
+        (address,) = decode.call("open", name="d", listen=[f"tcp://{bed.address(1)}:0"], **options)
+        prefill.call("connect", address=address)
+        before = {name: sent(bed, 0, name) for name in LANES}
+        load = prefill.call("load", decode="d", policy="prefill_only", hit=0, prompt=blocks, deadline_s=30)
+        decode.call("incoming", load_id=load)
+        prefill.call("publish", layers=5)
+        prefill.call("finish")
+        assert decode.call("handed_over", prompt=blocks), "every byte of it"
+        kv = blocks * sum((3000, 4096, 1001, 8192, 777))
+        assert sent(bed, 0, "low") - before["low"] >= kv
+        control = sent(bed, 0, "high") - before["high"]
+        assert 0 < control < kv / 10, "messages are HIGH, KV is not"
+
+
+@pytest.mark.root
+def test_without_lanes_the_check_says_so() -> None:
+    try:
+        with Testbed(2, rate=RATE, lanes=False) as bed, Flow(bed.prefix(1), op="serve", host=bed.address(1)) as server:
+            port = server.first_line()["port"]
+            report = measure_lanes(bed.address(1), port, prefix=bed.prefix(0), seconds=0.5)
+    except dualkv.Error as error:
+        if error.code != "unsupported":
+            raise
+        pytest.skip(str(error))
+    # LOW's queue holds 1000 packets: HIGH waits 30 ms behind them.
+    assert not report.isolated, report.to_json()
+
+
+@pytest.mark.root
+def test_leftovers_of_a_dead_process_are_removed(bed: Testbed) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    name = f"dualkv-{ended.pid}-0-1"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    remove_leftovers()
+    assert not (NAMESPACES / name).exists()
+    assert len(list(NAMESPACES.glob("dualkv-*"))) >= 3, "those of living processes are not"
+
+
+def test_a_server_that_is_not_there() -> None:
+    with pytest.raises(dualkv.Error, match="fabric serve") as lost:
+        measure_lanes("127.0.0.1", 1, seconds=0.1)
+    assert lost.value.code == "io"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"nodes": 1}, "nodes"), ({"share": 1.0}, "share"), ({"rate": 1}, "rate")]
+)
+def test_testbeds_that_cannot_be(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(dualkv.Error, match=named):
+        Testbed(**options)
