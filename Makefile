@@ -26,8 +26,9 @@ system-demo:
 	  echo "could not install system packages; going on without (see README.md, Install)"
 
 system-test: system-demo
-	@test -e /usr/include/gtest/gtest.h && command -v cmake >/dev/null && command -v ninja >/dev/null || \
-	  ($(APT) update -qq && $(APT) install -y -qq libgtest-dev cmake ninja-build >/dev/null)
+	@test -e /usr/include/gtest/gtest.h && command -v cmake >/dev/null && command -v ninja >/dev/null && \
+	  command -v tc >/dev/null || \
+	  ($(APT) update -qq && $(APT) install -y -qq libgtest-dev cmake ninja-build iproute2 >/dev/null)
 
 $(VENV)/bin/python: | system-demo
 	$(PYTHON) -m venv $(VENV)
