@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import assert_all_free, make_geometry
+from support import Child, assert_all_free, make_geometry
 
 import dualkv
 
@@ -53,3 +53,17 @@ def make_node(root: Path, small: dualkv.KvGeometry, live_nodes: list[dualkv.Node
         return node
 
     return make
+
+
+@pytest.fixture
+def children() -> Iterator[Callable[..., Child]]:
+    """Starts nodes in processes of their own, which end with the test."""
+    made: list[Child] = []
+
+    def make(prefix: Sequence[str] = ()) -> Child:
+        made.append(Child(prefix))
+        return made[-1]
+
+    yield make
+    for child in made:
+        child.end()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +141,39 @@ def plan(
     policy: dualkv.PathPolicy, keys: list[bytes], node: dualkv.Node, decode: dualkv.Peer | None = None
 ) -> dualkv.Plan:
     return policy.plan(keys, prefill=node.view(), decode=decode.view() if decode else None)
+
+
+class Child:
+    """A node in another process (peer_process.py); ``prefix``: of its command, such as that of a testbed's node."""
+
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, str(Path(__file__).with_name("peer_process.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def call(self, op: str, **arguments: Any) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        if "error" in answer:
+            raise dualkv.Error(answer["message"], answer["error"])
+        return answer["result"]
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait(LONG_S)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(LONG_S)
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from support import LAYER_BYTES, Child
 
 import dualkv
 from dualkv.cli.main import cli
@@ -167,48 +167,24 @@ def test_flows_wait_in_the_queue_of_their_lane(bed: Testbed) -> None:
             assert sent(bed, 0, other) - before[other] < 4096, "of the other lane, next to nothing"
 
 
-class Node:
-    """A dualkv node (peer_process.py) on a node of the testbed."""
-
-    def __init__(self, bed: Testbed, number: int) -> None:
-        program = str(Path(__file__).with_name("peer_process.py"))
-        self.process = subprocess.Popen(
-            [*bed.prefix(number), sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def call(self, op: str, **arguments: Any) -> Any:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["result"]
-
-    def __enter__(self) -> Node:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 @pytest.mark.root
-def test_a_prompts_kv_waits_in_the_queue_of_low(bed: Testbed, tmp_path: Path) -> None:
+def test_a_prompts_kv_waits_in_the_queue_of_low(bed: Testbed, children: Callable[..., Child], tmp_path: Path) -> None:
     blocks = 32
-    with Node(bed, 0) as prefill, Node(bed, 1) as decode:
-        options = {"store": f"file://{tmp_path / 'store'}", "secret": "of the testbed"}
-        prefill.call("open", name="p", listen=[], **options)
-        (address,) = decode.call("open", name="d", listen=[f"tcp://{bed.address(1)}:0"], **options)
-        prefill.call("connect", address=address)
-        before = {name: sent(bed, 0, name) for name in LANES}
-        load = prefill.call("load", decode="d", policy="prefill_only", hit=0, prompt=blocks, deadline_s=30)
-        decode.call("incoming", load_id=load)
-        prefill.call("publish", layers=5)
-        prefill.call("finish")
-        assert decode.call("handed_over", prompt=blocks), "every byte of it"
-        kv = blocks * sum((3000, 4096, 1001, 8192, 777))
-        assert sent(bed, 0, "low") - before["low"] >= kv
-        control = sent(bed, 0, "high") - before["high"]
-        assert 0 < control < kv / 10, "messages are HIGH, KV is not"
+    prefill, decode = (children(bed.prefix(node)) for node in range(2))
+    options = {"store": f"file://{tmp_path / 'store'}", "secret": "of the testbed"}
+    prefill.call("open", name="p", listen=[], **options)
+    (address,) = decode.call("open", name="d", listen=[f"tcp://{bed.address(1)}:0"], **options)
+    prefill.call("connect", address=address)
+    before = {name: sent(bed, 0, name) for name in LANES}
+    load = prefill.call("load", decode="d", policy="prefill_only", hit=0, prompt=blocks, deadline_s=30)
+    decode.call("incoming", load_id=load)
+    prefill.call("publish", layers=len(LAYER_BYTES))
+    prefill.call("finish")
+    assert decode.call("handed_over", prompt=blocks), "every byte of it"
+    kv = blocks * sum(LAYER_BYTES)
+    assert sent(bed, 0, "low") - before["low"] >= kv
+    control = sent(bed, 0, "high") - before["high"]
+    assert 0 < control < kv / 10, "messages are HIGH, KV is not"
 
 
 @pytest.mark.root

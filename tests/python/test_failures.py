@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ import pytest
 from conftest import MakeNode
 from support import (
     LONG_S,
+    Child,
     HostCache,
     all_free,
     assert_all_free,
@@ -42,55 +41,6 @@ TAGS = {block: block + 1 for block in range(PROMPT)}
 SECRET = "of the failure tests"
 # A peer that is stopped is noticed soon; one that is only slow (two busy cores) is not.
 LINK = {"peer_silence_s": 1.0, "heartbeat_s": 0.1, "reconnect_max_s": 0.2, "secret": SECRET}
-
-
-class Child:
-    """A node in another process (peer_process.py)."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("peer_process.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def call(self, op: str, **arguments: Any) -> Any:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        if "error" in answer:
-            raise dualkv.Error(answer["message"], answer["error"])
-        return answer["result"]
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-        if number == signal.SIGKILL:
-            self.process.wait(LONG_S)
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(LONG_S)
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-
-
-@pytest.fixture
-def children() -> Iterator[Callable[[], Child]]:
-    made: list[Child] = []
-
-    def make() -> Child:
-        made.append(Child())
-        return made[-1]
-
-    yield make
-    for child in made:
-        child.end()
 
 
 @pytest.fixture(params=["tcp", "shm"])

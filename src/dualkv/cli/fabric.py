@@ -1,8 +1,7 @@
 """``dualkv fabric``: configuration of two lanes, and whether they are real."""
 
+import contextlib
 import json
-import sys
-import threading
 from typing import TYPE_CHECKING
 
 import click
@@ -82,13 +81,8 @@ def serve(host: str, port: int) -> None:
         ) from error
     with server:
         click.echo(f"listening on port {server.port}")
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            thread.join()
-        except KeyboardInterrupt:
-            server.shutdown()
-            sys.exit(0)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @fabric.command(epilog="Example: dualkv fabric check 10.0.0.7 --seconds 5 --json")

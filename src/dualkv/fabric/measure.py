@@ -17,8 +17,6 @@ MOST_LATENCY = 1.5
 """Of HIGH's idle latency, median and 99th percentile, beside a saturated LOW."""
 LEAST_HIGH = 0.95
 """Of HIGH's throughput alone, beside a saturated LOW."""
-LEAST_LOW = 0.9
-"""Of what HIGH leaves of the link."""
 
 _MESSAGE_BYTES = 64
 _CONNECTIONS = {"low": 4, "high": 2}

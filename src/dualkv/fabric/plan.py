@@ -47,10 +47,7 @@ def plan_fabric(
     """
     if fabric not in FABRICS:
         raise invalid(f"fabric {fabric!r}: give one of {', '.join(FABRICS)}")
-    if share is not None and not 0.5 <= share < 1:
-        raise invalid(f"share {share}: must be in [0.5, 1): LOW must get something, or its transfers never end")
-    if rate < 1_000_000:
-        raise invalid(f"rate {rate}: must be 1 MB/s or more")
+    check_link(rate, SHARE if share is None else share)
     if fabric == "infiniband":
         return _infiniband(share)
     if fabric == "roce":
@@ -68,6 +65,14 @@ def plan_fabric(
             ),
         ),
     ]
+
+
+def check_link(rate: int, share: float) -> None:
+    """Raises Error, ``invalid_argument``, for a rate or a share that no link should have."""
+    if not 0.5 <= share < 1:
+        raise invalid(f"share {share}: must be in [0.5, 1): LOW must get something, or its transfers never end")
+    if rate < 1_000_000:
+        raise invalid(f"rate {rate}: must be 1 MB/s or more")
 
 
 def htb_lines(interface: str, rate: int, share: float) -> tuple[Line, ...]:

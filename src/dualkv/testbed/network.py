@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 
 from dualkv.errors import Error, invalid
-from dualkv.fabric.plan import SHARE, htb_lines, queue_lines
+from dualkv.fabric.plan import SHARE, check_link, htb_lines, queue_lines
 
 _PREFIX = "dualkv"
 _NAMESPACES = pathlib.Path("/run/netns")
@@ -43,10 +43,7 @@ class Testbed:
     def __init__(self, nodes: int = 2, *, rate: int = 125_000_000, lanes: bool = True, share: float = SHARE) -> None:
         if not 2 <= nodes <= _MOST_NODES:
             raise invalid(f"testbed: nodes = {nodes}: must be 2 to {_MOST_NODES}")
-        if not 0.5 <= share < 1:
-            raise invalid(f"testbed: share = {share}: must be in [0.5, 1)")
-        if rate < 1_000_000:
-            raise invalid(f"testbed: rate = {rate}: must be 1 MB/s or more")
+        check_link(rate, share)
         self.nodes = nodes
         self._rate, self._lanes, self._share = rate, lanes, share
 
