@@ -202,6 +202,23 @@ def test_without_lanes_the_check_says_so() -> None:
 
 
 @pytest.mark.root
+def test_bench_lanes(bed: Testbed) -> None:  # the fixture skips where there can be no testbed
+    ran = CliRunner().invoke(cli, ["bench", "lanes", "--quick", "--json"])
+    assert ran.exit_code == 0, ran.output
+    told = json.loads(ran.stdout)
+    lanes, none = told["rows"]
+    assert (lanes["lanes"], none["lanes"]) == (True, False)
+    assert "HTB" in told["labels"]["topology"]
+    # However busy the machine: behind LOW's queue HIGH waits for milliseconds, in its own it does not.
+    assert none["measures"]["p50_ratio"] > lanes["measures"]["p50_ratio"]
+    assert none["measures"]["isolated"] == 0
+    for row in (lanes, none):
+        assert row["measures"]["high_alone"] > 0
+        assert row["measures"]["low_of_rest"] > 0
+    assert CliRunner().invoke(cli, ["bench", "lanes", "--rate", "1"]).exit_code == 2
+
+
+@pytest.mark.root
 def test_leftovers_of_a_dead_process_are_removed(bed: Testbed) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

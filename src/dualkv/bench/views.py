@@ -148,8 +148,34 @@ _POLICY = View(
     "with every fetch of its group. Around them: making the reports and reading the answers, in Python.",
 )
 
+
+def _rate(value: float) -> str:
+    return f"{value / 1e6:.1f}"
+
+
+_LANES = View(
+    "HIGH beside a saturated LOW",
+    (
+        own("idle\np50 µs", "idle_p50_us", _us),
+        own("\np99 µs", "idle_p99_us", _us),
+        own("loaded\np50 µs", "loaded_p50_us", _us),
+        own("\np99 µs", "loaded_p99_us", _us),
+        own("loaded/idle\np50", "p50_ratio", _two),
+        own("\np99", "p99_ratio", _two),
+        own("HIGH alone\nMB/s", "high_alone", _rate),
+        own("beside\nLOW", "high_beside", _rate),
+        own("\nshare", "high_share", _two),
+        own("LOW beside\nhalf a HIGH", "low_beside_half", _rate),
+        own("of what\nis left", "low_of_rest", _two),
+        own("runs\nisolated", "isolated", _whole),
+    ),
+    note="latency: round trips of 64 bytes on HIGH; loaded: beside four connections that fill LOW; share: of HIGH's "
+    "throughput alone. Isolated: both ratios at most 1.5 and the share at least 0.95. Medians over the repeats.",
+)
+
 _OWN: dict[str, tuple[View, ...]] = {
     "policy": (_POLICY,),
+    "lanes": (_LANES,),
     "layers": (_LAYERS,),
     "register": (_REGISTER,),
     "async": (_ASYNC, _IDLE),

@@ -316,6 +316,24 @@ def policy(**options: Any) -> "Measurement":
     return functools.partial(run_policy, PolicyOptions(**options))
 
 
+@bench.command(epilog="Example: sudo dualkv bench lanes --rate 125MB/s --html lanes.html")
+@measured(repeats=3, quick={"seconds": 0.3, "repeats": 1, "warmup": 0})
+@_size_option("--rate", "125MB/s", "Of each link, bytes.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0.5, 1, max_open=True),
+    default=0.99,
+    show_default=True,
+    help="Of a link for HIGH while both lanes want it.",
+)
+@click.option("--seconds", type=click.FloatRange(0.1, 600), default=3.0, show_default=True, help="Of each flow.")
+def lanes(**options: Any) -> "Measurement":
+    """Does LOW delay HIGH? On a testbed of network namespaces (root), with lanes and with one queue for all."""
+    from dualkv.bench.lanes import LanesOptions, run_lanes
+
+    return functools.partial(run_lanes, LanesOptions(**options))
+
+
 @bench.command(epilog="Example: dualkv bench soak --path /mnt/kv --seconds 3600 --html soak.html")
 @measured(
     repeats=None,

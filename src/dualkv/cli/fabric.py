@@ -13,7 +13,6 @@ from dualkv.fabric.plan import FABRICS, Section, plan_fabric
 if TYPE_CHECKING:
     from dualkv.fabric import LaneReport
 
-_FLOWS = 6
 _PORT = 18515
 
 
@@ -101,9 +100,10 @@ def check(host: str, port: int, seconds: float, as_json: bool) -> None:
     lanes are not real.
     """
     from dualkv.fabric import measure_lanes
+    from dualkv.fabric.measure import FLOWS
 
     with bars() as shown:
-        report = measure_lanes(host, port, seconds=seconds, step=shown.stage("lanes", _FLOWS))
+        report = measure_lanes(host, port, seconds=seconds, step=shown.stage("lanes", FLOWS))
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:

@@ -18,6 +18,9 @@ MOST_LATENCY = 1.5
 LEAST_HIGH = 0.95
 """Of HIGH's throughput alone, beside a saturated LOW."""
 
+FLOWS = 6
+"""That :func:`measure_lanes` measures, one after the other."""
+
 _MESSAGE_BYTES = 64
 _CONNECTIONS = {"low": 4, "high": 2}
 _SETTLE_S = 0.7  # until LOW's queues are full
@@ -138,8 +141,8 @@ def measure_lanes(
 
     Args:
         prefix: of commands that are to run on the sending node, such as ``ip netns exec NAME``.
-        seconds: of each of the six flows that are measured.
-        step: called after each of them.
+        seconds: of each flow that is measured.
+        step: called after each of the :data:`FLOWS`.
 
     Raises:
         Error: ``io`` or ``timeout`` if the server is not there or nothing gets through.

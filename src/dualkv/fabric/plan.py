@@ -53,7 +53,10 @@ def plan_fabric(
     if fabric == "roce":
         return _roce(share or SHARE, interface)
     return [
-        Section(f"every node, as root: {interface}", htb_lines(interface, rate, share or SHARE)),
+        Section(
+            f"every node, as root: {interface}",
+            (_segments_line(interface), *htb_lines(interface, rate, share or SHARE)),
+        ),
         Section(
             "every switch",
             (
@@ -75,8 +78,16 @@ def check_link(rate: int, share: float) -> None:
         raise invalid(f"rate {rate}: must be 1 MB/s or more")
 
 
+def _segments_line(interface: str) -> Line:
+    return Line(
+        f"ip link set dev {interface} gso_max_segs 1",
+        "Packets of one MTU: behind a 64 KiB super-packet of LOW, HIGH would wait 44 times as long.",
+    )
+
+
 def htb_lines(interface: str, rate: int, share: float) -> tuple[Line, ...]:
-    """Commands that put two lanes on what ``interface`` sends; the testbed runs the same."""
+    """Commands that put two lanes on what ``interface`` sends. The testbed runs the same: on its links a packet takes
+    no time, however large."""
     total = _kbit(rate)
     low = max(1, round(total * (1 - share)))
     high, device = LANES["high"], f"dev {interface}"
@@ -117,10 +128,6 @@ def queue_lines(interface: str, rate: int) -> tuple[Line, ...]:
 def _link_lines(interface: str, rate: int, default: int, why: str) -> tuple[Line, ...]:
     device = f"dev {interface}"
     return (
-        Line(
-            f"ip link set {device} gso_max_segs 1",
-            "Packets of one MTU: behind a 64 KiB super-packet of LOW, HIGH would wait 44 times as long.",
-        ),
         Line(f"tc qdisc replace {device} root handle 1: htb default {default}", why),
         Line(
             f"tc class add {device} parent 1: classid 1:1 htb rate {_kbit(rate)}kbit {_burst(rate)} quantum {_MTU}",

@@ -77,7 +77,7 @@ def _own_plots(bench: str, rows: Sequence[Row], varying: Sequence[str], number: 
         svg = lines(f"lines-{number}-{i}", lines_plot, rows, lambda row: titles[id(row)])
         out.append((lines_plot.heading, svg, lines_plot.caption))
     for i, plot in enumerate(BARS.get(bench, ())):
-        svg = bars(f"own-{number}-{i}", plot.unit, names, plot.series(rows), mark=plot.mark)
+        svg = bars(f"own-{number}-{i}", plot.unit, names, plot.series(rows), mark=plot.mark, log=plot.log)
         out.append((plot.heading, svg, plot.caption))
     return "".join(figure(heading, svg, caption, "") for heading, svg, caption in out if svg)
 
@@ -155,12 +155,14 @@ def bars(
     series: Series,
     spread: Sequence[tuple[float | None, float | None]] = (),
     mark: float | None = None,
+    log: bool = False,
 ) -> str:
     """A group of bars a case, a bar a series; unknown values leave a gap. Empty when all are unknown.
 
     Args:
         spread: lowest and highest of the first series, a case.
         mark: a line across.
+        log: the axis of the values.
     """
     shown = {label: values for label, values in series.items() if any(value is not None for value in values)}
     if not shown:
@@ -177,6 +179,8 @@ def bars(
                 _draw_spread(axes, places, spread)
         if mark is not None:
             axes.axhline(mark, color=INK, linestyle="--", linewidth=1.0)
+        if log:
+            axes.set_yscale("log")
         axes.set_xticks(range(len(cases)), cases)
         axes.grid(visible=False, axis="x")
         axes.set_ylabel(unit)

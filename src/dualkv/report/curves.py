@@ -39,6 +39,7 @@ class BarPlot:
     measures: Mapping[str, str]
     caption: str
     mark: float | None = None
+    log: bool = False
 
     def series(self, rows: Sequence[Row]) -> dict[str, list[float | None]]:
         """Over the rows."""
@@ -88,6 +89,27 @@ BARS: dict[str, tuple[BarPlot, ...]] = {
             "seconds",
             {"open": "open_s", "all ready": "ready_s", "register": "register_s"},
             "Open: until the call returns; register: what a store on top takes for it.",
+        ),
+    ),
+    "lanes": (
+        BarPlot(
+            "HIGH's latency",
+            "µs, a round trip",
+            {
+                "idle, p50": "idle_p50_us",
+                "idle, p99": "idle_p99_us",
+                "beside LOW, p50": "loaded_p50_us",
+                "beside LOW, p99": "loaded_p99_us",
+            },
+            "Each step of the axis is ten times as long.",
+            log=True,
+        ),
+        BarPlot(
+            "Throughput",
+            "of what there is",
+            {"HIGH beside LOW": "high_share", "LOW of what half a HIGH leaves": "low_of_rest"},
+            "HIGH: of its throughput alone.",
+            mark=1.0,
         ),
     ),
     "async": (
