@@ -74,6 +74,19 @@ def _topologies(_: click.Context, __: click.Parameter, value: str) -> tuple[Topo
     show_default=True,
     help="Read limit of each engine's storage; 0 = none.",
 )
+@click.option(
+    "--testbed",
+    is_flag=True,
+    help="Each engine on a node of its own: a network namespace with lanes, the SNIC limit by the kernel, and an "
+    "all-to-all on the HIGH lane beside. Needs root.",
+)
+@click.option(
+    "--cnic-limit",
+    default="125MB/s",
+    callback=values.size,
+    show_default=True,
+    help="Of each node's link on the testbed.",
+)
 @click.option("--staging", default="auto", show_default=True, help="Staging pool of each engine, like 2GiB.")
 @click.option("--work-dir", type=click.Path(file_okay=False), help="Where block files go while it runs.")
 @click.option("--seed", type=int, default=1, show_default=True)
@@ -87,6 +100,9 @@ def demo(as_json: bool, html: str | None, topology: tuple[Topology, ...], **othe
     split (all sides read one request together), recompute (as split, but what takes longer to load than to compute is
     computed), oracle (hits cost nothing).
     """
+    given = click.get_current_context().get_parameter_source("cnic_limit")
+    if given is not click.core.ParameterSource.DEFAULT and not others["testbed"]:
+        raise click.UsageError("--cnic-limit is of a testbed's links: give --testbed too")
     options = DemoOptions(topologies=topology, **others)
     if html:
         _check_report()
@@ -133,6 +149,7 @@ def _print_tables(result: DemoResult) -> None:
             "SNIC D",
             "speed-up",
             "exact",
+            *(("HIGH p99 ms", "of alone") if any(run.high for run in result.runs) else ()),
         ]
         for heading in headings:
             table.add_column(heading, justify="left" if heading == "mode" else "right")
@@ -161,4 +178,5 @@ def _row(run: ModeRun) -> list[str]:
         f"{run.snic_utilisation['decode']:.0%}",
         f"{run.speedup:.2f}x",
         f"{run.exact['ok']}/{run.exact['total']}",
+        *((f"{1e3 * run.high.beside_s.p99:.2f}", f"{run.high.p99_ratio:.2f}x") if run.high else ()),
     ]

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dualkv.errors import Error
+from dualkv.testbed import Testbed
 
 _MAX_LINE_BYTES = 64 << 20
 
@@ -42,11 +44,14 @@ class Topology:
 class EngineProcess:
     """One worker process: ``await call(op, ...)``."""
 
-    def __init__(self, name: str, role: str, on_sample: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(
+        self, name: str, role: str, on_sample: Callable[[str, dict[str, Any]], None], prefix: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.role = role
         self.pid = 0
         self._on_sample = on_sample
+        self._prefix = prefix
         self._process: asyncio.subprocess.Process | None = None
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._last = 0
@@ -57,6 +62,7 @@ class EngineProcess:
         """Starts the process and waits until its model is built."""
         self._ready = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
+            *self._prefix,
             sys.executable,
             "-m",
             "dualkv.engines.worker",
@@ -126,14 +132,20 @@ class EngineProcess:
 
 
 class Cluster:
-    """Prefill and decode engines of one machine, as processes."""
+    """Prefill and decode engines of one machine, as processes: with a testbed each on a node of its own."""
 
-    def __init__(self, topology: Topology, config: dict[str, Any]) -> None:
+    def __init__(self, topology: Topology, config: dict[str, Any], bed: Testbed | None = None) -> None:
         self.topology = topology
         self._config = config
         self.samples: list[tuple[str, float, int]] = []  # engine, time, bytes read
-        self.prefill = [EngineProcess(f"prefill-{i}", "prefill", self._sample) for i in range(topology.prefill)]
-        self.decode = [EngineProcess(f"decode-{i}", "decode", self._sample) for i in range(topology.decode)]
+        self._bed = bed
+        self._secret = {"secret": secrets.token_hex(16)} if bed else {}  # nodes that others could reach ask for one
+        self.prefill = [self._engine("prefill", i, i) for i in range(topology.prefill)]
+        self.decode = [self._engine("decode", i, topology.prefill + i) for i in range(topology.decode)]
+
+    def _engine(self, role: str, number: int, node: int) -> EngineProcess:
+        prefix = self._bed.prefix(node) if self._bed else ()
+        return EngineProcess(f"{role}-{number}", role, self._sample, prefix)
 
     @property
     def engines(self) -> list[EngineProcess]:
@@ -157,9 +169,12 @@ class Cluster:
     async def open(self, root: str, transport: str, sockets: str, options: dict[str, Any]) -> None:
         """New nodes over ``root``, linked: each prefill engine to all decode engines and to the other prefills."""
         addresses: dict[str, str] = {}
-        for engine in self.engines:
-            listen = "tcp://127.0.0.1:0" if transport == "tcp" else f"shm://{sockets}/{engine.name}.sock"
-            opened = await engine.call("open", name=engine.name, root=root, listen=[listen], **options)
+        for node, engine in enumerate(self.engines):
+            host = self._bed.address(node) if self._bed else "127.0.0.1"
+            listen = f"tcp://{host}:0" if transport == "tcp" else f"shm://{sockets}/{engine.name}.sock"
+            opened = await engine.call(
+                "open", name=engine.name, root=root, listen=[listen], node_options=self._secret, **options
+            )
             addresses[engine.name] = opened["addresses"][0]
         for i, engine in enumerate(self.prefill):
             for peer in self.decode + self.prefill[:i]:

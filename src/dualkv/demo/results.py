@@ -25,6 +25,15 @@ class Percentiles:
 
 
 @dataclass
+class HighTraffic:
+    """An exchange of the model's own traffic, an all-to-all on HIGH: before the mode ran, and beside it."""
+
+    alone_s: Percentiles
+    beside_s: Percentiles
+    p99_ratio: float  # beside over alone
+
+
+@dataclass
 class ModeRun:
     """One mode over all agents."""
 
@@ -40,6 +49,7 @@ class ModeRun:
     failures: list[str]
     speedup: float = 0.0  # basic's jct_s over this one's
     fallbacks: dict[str, int] = field(default_factory=dict)
+    high: HighTraffic | None = None  # on a testbed
     replay: Replay | None = None  # for plots, not in the JSON
     samples: list[tuple[str, float, int]] = field(default_factory=list)
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ import numpy as np
 from dualkv import traces
 from dualkv.demo.cluster import Cluster, Topology
 from dualkv.demo.replay import Replay, Replayer
-from dualkv.demo.results import DemoResult, ModeRun, Percentiles, path_bytes
-from dualkv.errors import Error
+from dualkv.demo.results import DemoResult, HighTraffic, ModeRun, Percentiles, path_bytes
+from dualkv.errors import Error, invalid
+from dualkv.testbed import AllToAll, Testbed
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ MODES = {
     "recompute": Mode("recompute", spread=True),
     "oracle": Mode("prefill_only", resident=True),
 }
+_HIGH_ALONE_S = 3.0
+
 COMPARED = ("basic", "dualpath", "split", "oracle")
 
 # A 16-layer GQA model whose KV is large for its compute (64 KiB a token in fp32), as long contexts are.
@@ -59,7 +62,12 @@ MLA_MODEL = {**TORCH_MODEL, "kind": "mla", "latent_dim": 512, "rope_dim": 64}
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What to run."""
+    """What to run.
+
+    Attributes:
+        testbed: each engine on a node of its own, with ``cnic_limit`` bytes/s a link, lanes, an all-to-all of HIGH
+            beside, and storage held to ``snic_limit`` by the kernel instead of by the store.
+    """
 
     topologies: Sequence[Topology] = (Topology(1, 1),)
     modes: Sequence[str] = COMPARED
@@ -78,6 +86,13 @@ class DemoOptions:
     seed: int = 1
     deadline_s: float = 120.0
     costs: dict[str, float] = field(default_factory=dict)
+    testbed: bool = False
+    cnic_limit: int = 125_000_000
+
+    def check(self) -> None:
+        """Raises Error for what makes no sense."""
+        if self.testbed and self.transport != "tcp":
+            raise invalid("demo: a testbed's nodes share no memory: --testbed needs --transport tcp")
 
 
 class Progress(Protocol):
@@ -128,17 +143,26 @@ def _staging_for(longest_blocks: int, options: DemoOptions) -> int:
 class _Demo:
     """One topology: its processes, its storage, its modes."""
 
-    def __init__(self, options: DemoOptions, topology: Topology, directory: pathlib.Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        options: DemoOptions,
+        topology: Topology,
+        directory: pathlib.Path,
+        progress: Progress,
+        bed: Testbed | None,
+        high: AllToAll | None,
+    ) -> None:
         self.options = options
         self.topology = topology
         self.directory = directory
         self.progress = progress
+        self.high = high
         self.vocab = TORCH_VOCAB if options.engine == "torch" else MODELLED_VOCAB
         sessions = load_sessions(options)
         self.sessions, self.alone = sessions[:-1], sessions[-1:]
         # Each session has one turn in flight; two blocks more for what is partly filled.
         blocks = [_most_blocks(session, options.tokens_per_block) + 2 for session in sessions]
-        self.cluster = Cluster(topology, self._config(sum(blocks)))
+        self.cluster = Cluster(topology, self._config(sum(blocks)), bed)
         self.staging = options.staging if options.staging != "auto" else _staging_for(max(blocks), options)
         self.wrong_tokens: dict[int, list[int]] | None = None
 
@@ -192,7 +216,8 @@ class _Demo:
             "policy": mode.policy,
             "resident": mode.resident,
             "deadline_s": self.options.deadline_s,
-            "store_options": {"read_limit": self.options.snic_limit},
+            # On a testbed the kernel holds the node's reads back, and the store knows nothing of it.
+            "store_options": {"read_limit": 0 if self.options.testbed else self.options.snic_limit},
         }
         await self.cluster.open(str(root), self.options.transport, str(self.directory), options)
         replayer = Replayer(self.cluster, self.vocab, spread=mode.spread, sticky=mode.resident)
@@ -200,12 +225,17 @@ class _Demo:
         step = self.progress.stage(f"{self.topology} {name}", turns)
         if mode.resident:
             await self._warm(replayer)
+        high_alone = await self._high_alone()
         alone = await replayer.run(self.alone, step)
         before = await self._bytes_read()
         self.cluster.samples.clear()
+        if self.high:
+            self.high.start()
         replay = await replayer.run(self.sessions, step)
+        high = await self._high_beside(high_alone)
         stats = [await engine.call("stats") for engine in self.cluster.engines]
         run = self._summary(name, replay, alone, before, stats)
+        run.high = high
         run.samples = list(self.cluster.samples)
         await self.cluster.close_nodes()
         shutil.rmtree(root)
@@ -218,6 +248,20 @@ class _Demo:
             tokens = stored_prefix(session, self.vocab, self.options.tokens_per_block)
             if len(tokens):
                 await replayer.warm(agent, tokens)
+
+    async def _high_alone(self) -> list[float]:
+        if self.high is None:
+            return []
+        self.high.start()
+        await asyncio.sleep(_HIGH_ALONE_S)
+        return await asyncio.to_thread(self.high.stop)
+
+    async def _high_beside(self, alone: list[float]) -> HighTraffic | None:
+        if self.high is None:
+            return None
+        first = Percentiles.of(alone)
+        then = Percentiles.of(await asyncio.to_thread(self.high.stop))
+        return HighTraffic(first, then, then.p99 / first.p99 if first.p99 else 0.0)
 
     async def _bytes_read(self) -> dict[str, int]:
         return {e.name: (await e.call("stats"))["store"]["bytes_read"] for e in self.cluster.engines}
@@ -277,17 +321,34 @@ class _Demo:
         await asyncio.gather(*(self._in_turn(one, everything[k :: len(engines)]) for k in range(len(engines))))
 
 
+@contextlib.contextmanager
+def _place(
+    options: DemoOptions, topology: Topology, directory: pathlib.Path
+) -> Iterator[tuple[Testbed | None, AllToAll | None]]:
+    """Where engines run: on nodes of a testbed, or just here."""
+    if not options.testbed:
+        yield None, None
+        return
+    nodes = topology.prefill + topology.decode
+    with (
+        Testbed(nodes, rate=options.cnic_limit, storage=options.snic_limit, path=directory) as bed,
+        AllToAll(bed) as high,
+    ):
+        yield bed, high
+
+
 async def _run(options: DemoOptions, progress: Progress, directory: pathlib.Path) -> DemoResult:
     runs: list[ModeRun] = []
     for topology in options.topologies:
         place = directory / str(topology)
         place.mkdir()
-        demo = _Demo(options, topology, place, progress)
-        async with demo.cluster:
-            seed = await demo.populate()
-            mine = [await demo.run_mode(mode, seed) for mode in options.modes]
-            if options.engine == "torch":
-                await demo.check_tokens(mine)
+        with _place(options, topology, place) as (bed, high):
+            demo = _Demo(options, topology, place, progress, bed, high)
+            async with demo.cluster:
+                seed = await demo.populate()
+                mine = [await demo.run_mode(mode, seed) for mode in options.modes]
+                if options.engine == "torch":
+                    await demo.check_tokens(mine)
         shutil.rmtree(place)
         basic = next((run.jct_s for run in mine if run.mode == "basic"), 0.0)
         for run in mine:
@@ -296,15 +357,17 @@ async def _run(options: DemoOptions, progress: Progress, directory: pathlib.Path
     labels = {
         "memory": "host",
         "transport": options.transport,
-        "snic": "bucket" if options.snic_limit else "none",
+        "snic": ("cgroup" if options.testbed else "bucket") if options.snic_limit else "none",
         "engine": options.engine,
         "topology": ",".join(str(topology) for topology in options.topologies),
+        "network": "namespaces, HTB lanes" if options.testbed else "none",
     }
     return DemoResult(labels, runs)
 
 
 def run_demo(options: DemoOptions, progress: Progress) -> DemoResult:
     """Runs everything; leaves no file and no process behind, however it ends."""
+    options.check()
     if options.work_dir:
         os.makedirs(options.work_dir, exist_ok=True)
     directory = pathlib.Path(tempfile.mkdtemp(prefix="dualkv-demo-", dir=options.work_dir))

@@ -93,6 +93,26 @@ def echo(host: str, port: int, lane: str, size: int, seconds: float) -> list[flo
     return out
 
 
+def rounds(host: str, port: int, lane: str, size: int, interval_s: float, until: threading.Event) -> list[float]:
+    """Exchanges of ``size`` bytes, one every ``interval_s``, until the event: seconds each. A model's collectives."""
+    out = []
+    message = b"x" * size
+    with _open(host, port, b"e", lane) as sock:
+        sock.settimeout(_CONNECT_S)
+        begin = time.perf_counter()
+        while not until.wait(max(0.0, begin + interval_s - time.perf_counter())):
+            begin = time.perf_counter()
+            sock.sendall(message)
+            left = size
+            while left:
+                got = len(sock.recv(left))
+                if not got:
+                    raise ConnectionResetError("the server has gone")
+                left -= got
+            out.append(time.perf_counter() - begin)
+    return out
+
+
 def flood(host: str, port: int, lane: str, connections: int, seconds: float, rate: int = 0) -> dict[str, float]:
     """As much as goes through, or ``rate`` bytes/s: ``{bytes, seconds}`` as the server counted them."""
     counted: list[dict[str, float]] = []
@@ -120,7 +140,10 @@ def flood(host: str, port: int, lane: str, connections: int, seconds: float, rat
 
 
 def main(arguments: list[str]) -> Any:
-    """A flow of this process: ``{"op": "serve" | "echo" | "flood", ...}``."""
+    """A flow of this process: ``{"op": "serve" | "echo" | "rounds" | "flood", ...}``.
+
+    A server and rounds go on until stdin ends.
+    """
     request = json.loads(arguments[0])
     op = request.pop("op")
     if op == "serve":
@@ -129,6 +152,15 @@ def main(arguments: list[str]) -> Any:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             sys.stdin.read()
             return None
+    if op == "rounds":
+        until = threading.Event()
+
+        def wait() -> None:
+            sys.stdin.read()
+            until.set()
+
+        threading.Thread(target=wait, daemon=True).start()
+        return rounds(**request, until=until)
     return echo(**request) if op == "echo" else flood(**request)
 
 

@@ -21,6 +21,7 @@ _LABELS = {
     },
     "snic": {
         "bucket": "a token bucket stands in for the storage NIC: it limits each engine's reads to {limit}",
+        "cgroup": "the kernel stands in for the storage NIC: it holds each engine's reads of the disk to {limit}",
         "none": "no storage NIC is emulated: files are read as fast as this machine can",
     },
     "engine": {
@@ -28,6 +29,11 @@ _LABELS = {
         "modelled": "compute is a calibrated wait, and KV is a pattern that is written and checked byte for byte",
     },
     "topology": {},
+    "network": {
+        "namespaces, HTB lanes": "each engine is in a network namespace with a link of its own to a bridge; HTB keeps "
+        "the lanes apart, and an all-to-all runs on HIGH beside",
+        "none": "no network is emulated",
+    },
 }
 _TOPOLOGY_MEANING = "1P2D is one prefill and two decode engines, processes of one machine with an SNIC limit each"
 

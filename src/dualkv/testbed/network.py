@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from dualkv.errors import Error, invalid
 from dualkv.fabric.plan import SHARE, check_link, htb_lines, queue_lines
+from dualkv.testbed.storage import ReadLimit, groups, remove_group
 
 _PREFIX = "dualkv"
 _NAMESPACES = pathlib.Path("/run/netns")
@@ -31,6 +32,7 @@ class Testbed:
         lanes: HIGH and LOW as ``dualkv fabric plan --fabric ethernet`` sets them, on every link in both directions;
             else one queue of the same rate.
         share: of a link for HIGH while both lanes want it.
+        storage: bytes/s that each node reads from the disk under ``path``, its storage NIC; 0 for no limit.
 
     Raises:
         Error: ``unsupported``, with the cure, without root, iproute2 or the kernel's namespaces, veth, bridge and HTB;
@@ -40,14 +42,24 @@ class Testbed:
     __test__ = False  # for pytest
     _numbers = itertools.count()
 
-    def __init__(self, nodes: int = 2, *, rate: int = 125_000_000, lanes: bool = True, share: float = SHARE) -> None:
+    def __init__(
+        self,
+        nodes: int = 2,
+        *,
+        rate: int = 125_000_000,
+        lanes: bool = True,
+        share: float = SHARE,
+        storage: int = 0,
+        path: str | os.PathLike[str] = ".",
+    ) -> None:
         if not 2 <= nodes <= _MOST_NODES:
             raise invalid(f"testbed: nodes = {nodes}: must be 2 to {_MOST_NODES}")
         check_link(rate, share)
         self.nodes = nodes
         self._rate, self._lanes, self._share = rate, lanes, share
-
         self._number = next(self._numbers)
+        self._limits = [ReadLimit(self._name(str(node)), path, storage) for node in range(nodes if storage else 0)]
+        self._held = contextlib.ExitStack()
 
     def _name(self, what: str) -> str:
         return f"{_PREFIX}-{os.getpid()}-{self._number}-{what}"
@@ -58,7 +70,8 @@ class Testbed:
 
     def prefix(self, node: int) -> list[str]:
         """Put before a command, runs it on the node."""
-        return ["ip", "netns", "exec", self._name(str(node))]
+        limited = self._limits[node].prefix() if self._limits else []
+        return [*limited, "ip", "netns", "exec", self._name(str(node))]
 
     def __enter__(self) -> "Testbed":
         for tool in ("ip", "tc"):
@@ -69,6 +82,8 @@ class Testbed:
         remove_leftovers()
         try:
             self._build()
+            for limit in self._limits:
+                self._held.enter_context(limit)
         except BaseException:
             self.__exit__()
             raise
@@ -76,6 +91,7 @@ class Testbed:
 
     def __exit__(self, *_: object) -> None:
         _remove(self._name("*"))
+        self._held.close()
 
     def _build(self) -> None:
         switch = self._name("switch")
@@ -108,8 +124,10 @@ def _remove(names: str) -> None:
 
 
 def remove_leftovers() -> None:
-    """Removes namespaces of testbeds whose process is gone."""
-    for path in _NAMESPACES.glob(f"{_PREFIX}-*-*"):
-        found = re.fullmatch(rf"{_PREFIX}-(\d+)-\d+-\w+", path.name)
+    """Removes namespaces and cgroups of testbeds whose process is gone."""
+    pattern = f"{_PREFIX}-*-*"
+    for name in [path.name for path in _NAMESPACES.glob(pattern)] + groups(pattern):
+        found = re.fullmatch(rf"{_PREFIX}-(\d+)-\d+-\w+", name)
         if found and not pathlib.Path(f"/proc/{found[1]}").exists():
-            _remove(path.name)
+            _remove(name)
+            remove_group(name)
