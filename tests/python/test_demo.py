@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import dualkv
 from dualkv.cli.main import cli
 from dualkv.engines.prefill import Pace
 
@@ -19,6 +20,8 @@ def run(tmp_path: Path, *arguments: str) -> dict:
     small = ["--agents", "2", "--turns", "2", "--scale", "128", "--snic-limit", "400MB/s", "--staging", "256MiB"]
     command = ["demo", *small, "--work-dir", str(tmp_path), "--json", *arguments]
     result = CliRunner().invoke(cli, command)
+    if isinstance(result.exception, dualkv.Error):
+        raise result.exception
     assert result.exit_code == 0, result.output
     assert list(tmp_path.iterdir()) == [], "the demo left files behind"
     out: dict = json.loads(result.stdout)
@@ -26,7 +29,7 @@ def run(tmp_path: Path, *arguments: str) -> dict:
 
 
 def check(result: dict, modes: int) -> None:
-    assert set(result["labels"]) == {"memory", "transport", "snic", "engine", "topology"}
+    assert set(result["labels"]) == {"memory", "transport", "snic", "engine", "topology", "network"}
     assert len(result["runs"]) == modes
     for one in result["runs"]:
         assert one["exact"]["ok"] == one["exact"]["total"] > 0, one
@@ -45,6 +48,29 @@ def test_modelled_engine_is_exact_in_every_mode(tmp_path: Path, transport: str) 
     assert by_mode["basic"]["de_path"] == 0
     assert by_mode["split"]["de_path"] > 0
     assert by_mode["split"]["pe_path"] > 0
+
+
+@pytest.mark.root
+def test_engines_on_nodes_of_a_testbed(tmp_path: Path) -> None:
+    command = ["--testbed", "--engine", "modelled", "--modes", "basic,split", "--snic-limit", "100MB/s"]
+    try:
+        result = run(tmp_path, *command)
+    except dualkv.Error as error:
+        if error.code != "unsupported":
+            raise
+        assert list(tmp_path.iterdir()) == []
+        pytest.skip(str(error))
+    check(result, 2)
+    assert result["labels"]["snic"] == "cgroup"
+    assert "HTB" in result["labels"]["network"]
+    basic, split = result["runs"]
+    assert basic["bytes"]["de_path"] == 0 < split["bytes"]["de_path"]
+    for one in (basic, split):
+        assert 0 < one["high"]["alone_s"]["p50"] <= one["high"]["alone_s"]["p99"]
+        # The kernel lets no more through than the limit, bursts at the start aside.
+        assert max(one["snic_utilisation"].values()) < 1.5
+    for left in ("/run/netns", "/sys/fs/cgroup/blkio", "/sys/fs/cgroup"):
+        assert not list(Path(left).glob(f"dualkv-{os.getpid()}-*"))
 
 
 def test_helpers_read_in_1p2d(tmp_path: Path) -> None:
@@ -94,6 +120,8 @@ def test_real_traces(tmp_path: Path) -> None:
         (["--snic-limit", "fast"], "fast"),
         (["--trace", "does-not-exist"], "does-not-exist"),
         (["--agents", "0"], "agents"),
+        (["--testbed", "--transport", "shm"], "--testbed"),
+        (["--cnic-limit", "1GB/s"], "--testbed"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_starts(arguments: list[str], said: str, tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,8 @@ from dualkv.cli.main import cli
 from dualkv.fabric import FABRICS, LaneReport, measure_lanes, plan_fabric
 from dualkv.fabric.measure import Flow
 from dualkv.lanes import LANES
-from dualkv.testbed import Testbed, remove_leftovers
+from dualkv.testbed import AllToAll, Testbed, remove_leftovers
+from dualkv.testbed.storage import groups
 
 DOC = (Path(__file__).parents[2] / "docs" / "lanes.md").read_text()
 RATE = 50_000_000
@@ -227,6 +232,74 @@ def test_leftovers_of_a_dead_process_are_removed(bed: Testbed) -> None:
     remove_leftovers()
     assert not (NAMESPACES / name).exists()
     assert len(list(NAMESPACES.glob("dualkv-*"))) >= 3, "those of living processes are not"
+
+
+@pytest.mark.root
+def test_a_nodes_reads_are_held_back_and_no_others(bed: Testbed, tmp_path: Path) -> None:
+    size, rate = 8 << 20, 8_000_000
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(size))
+    os.sync()
+    read = ["dd", f"if={file}", "of=/dev/null", "bs=1M", "iflag=direct", "status=none"]
+    try:
+        with Testbed(2, rate=RATE, storage=rate, path=tmp_path) as slow:
+            began = time.monotonic()
+            subprocess.run([*slow.prefix(1), *read], check=True)
+            held = time.monotonic() - began
+            began = time.monotonic()
+            subprocess.run([*bed.prefix(1), *read], check=True)
+            free = time.monotonic() - began
+            assert groups(f"dualkv-{os.getpid()}-*")
+    except dualkv.Error as error:
+        if error.code != "unsupported":
+            raise
+        pytest.skip(str(error))
+    finally:
+        assert not groups(f"dualkv-{os.getpid()}-*")
+    assert held > 0.8 * size / rate
+    assert free < held
+
+
+@pytest.mark.root
+def test_storage_that_is_no_disk(bed: Testbed) -> None:
+    before = set(NAMESPACES.glob("dualkv-*"))
+    with pytest.raises(dualkv.Error, match="/proc") as refused, Testbed(2, storage=1000, path="/proc"):
+        pass
+    assert refused.value.code == "unsupported"
+    assert set(NAMESPACES.glob("dualkv-*")) == before
+    assert not groups(f"dualkv-{os.getpid()}-*")
+
+
+@pytest.mark.root
+def test_an_all_to_all_goes_by_high(bed: Testbed) -> None:
+    with AllToAll(bed, size=1000, interval_s=0.001) as traffic:
+        traffic.start()
+        time.sleep(1.5)
+        first = traffic.stop()
+        traffic.start()
+        time.sleep(1.5)
+        assert len(traffic.stop()) > 10
+    assert len(first) > 50
+    assert sent(bed, 0, "high") > 1000 * len(first) // 2
+    assert sent(bed, 0, "low") < sent(bed, 0, "high") / 10, "handshakes and ARP"
+
+
+@pytest.mark.root
+def test_testbed_command(bed: Testbed) -> None:
+    before = set(NAMESPACES.glob("dualkv-*"))
+    code = "import json, os; print(len(json.loads(os.environ['DUALKV_TESTBED']))); raise SystemExit(7)"
+    command = [str(Path(sys.executable).parent / "dualkv"), "testbed", "--nodes", "3"]
+    ran = subprocess.run([*command, "--", sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (7, "3\n"), ran.stderr
+    assert set(NAMESPACES.glob("dualkv-*")) == before
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as held:
+        assert held.stdout is not None
+        nodes = json.loads(held.stdout.readline())
+        shown = subprocess.run([*nodes[2]["prefix"], "ip", "-br", "addr"], capture_output=True, text=True, check=True)
+        assert nodes[2]["address"] in shown.stdout
+        held.send_signal(signal.SIGTERM)
+        held.wait(30)
+    assert set(NAMESPACES.glob("dualkv-*")) == before
 
 
 def test_a_server_that_is_not_there() -> None:

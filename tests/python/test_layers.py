@@ -31,17 +31,17 @@ PYTHON = {
     "": {""},
     "traces": {"traces"},
     "engines": {"", "engines"},
-    "demo": {"", "demo", "traces"},
+    "demo": {"", "demo", "testbed", "traces"},
     "report": {"", "bench", "demo", "report", "sim"},
     "doctor": {"", "doctor"},
     "fabric": {"", "fabric"},
     "testbed": {"", "fabric", "testbed"},
-    "bench": {"", "bench"},
+    "bench": {"", "bench", "fabric", "testbed"},
     "integrations": {"", "integrations"},
     "planner": {"", "planner"},
     "sim": {"", "demo", "engines", "planner", "sim", "traces"},
     "proxy": {"", "proxy"},
-    "cli": {"", "bench", "cli", "demo", "doctor", "fabric", "planner", "proxy", "report", "sim"},
+    "cli": {"", "bench", "cli", "demo", "doctor", "fabric", "planner", "proxy", "report", "sim", "testbed"},
 }
 
 

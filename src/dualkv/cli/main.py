@@ -13,6 +13,7 @@ from dualkv.cli.plan import plan
 from dualkv.cli.proxy import proxy
 from dualkv.cli.sim import sim
 from dualkv.cli.store import store
+from dualkv.cli.testbed import testbed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,6 +27,7 @@ def cli() -> None:
       dualkv bench storage --path /mnt/kv   a figure, and the limit beside it
       dualkv doctor /mnt/kv            what this machine can do, and what to change
       dualkv fabric plan --fabric roce two lanes in the network, line by line
+      dualkv testbed --nodes 3         nodes on one machine, with lanes and storage NICs
       dualkv sim --validate paper      the simulator against published figures
       dualkv store verify /mnt/kv ...  check every stored block
     """
@@ -39,6 +41,7 @@ cli.add_command(plan)
 cli.add_command(proxy)
 cli.add_command(sim)
 cli.add_command(store)
+cli.add_command(testbed)
 
 
 def main() -> None:
