@@ -19,7 +19,7 @@ from support import LAYER_BYTES, Child
 
 import dualkv
 from dualkv.cli.main import cli
-from dualkv.fabric import FABRICS, LaneReport, measure_lanes, plan_fabric
+from dualkv.fabric import FABRICS, LaneReport, local_settings, measure_lanes, plan_fabric
 from dualkv.fabric.measure import Flow
 from dualkv.lanes import LANES
 from dualkv.testbed import AllToAll, Testbed, remove_leftovers
@@ -190,6 +190,51 @@ def test_a_prompts_kv_waits_in_the_queue_of_low(bed: Testbed, children: Callable
     assert sent(bed, 0, "low") - before["low"] >= kv
     control = sent(bed, 0, "high") - before["high"]
     assert 0 < control < kv / 10, "messages are HIGH, KV is not"
+
+
+@pytest.mark.root
+def test_settings_of_this_node_are_read(bed: Testbed) -> None:
+    found = {one.name: one for one in local_settings(bed.address(1), prefix=bed.prefix(0))}
+    assert found["interface"].found == "nic"
+    assert found["tc"].found == "htb: low in 1:20 (prio 7), high in 1:10 (prio 0)"
+    assert found["tc"].ok is True
+    for name in ("trust", "pfc"):  # a veth pair has none
+        assert found[name].ok is None
+        assert found[name].found.startswith("not read: "), found[name]
+    # What has no rule goes where LOW goes: no lanes any more.
+    subprocess.run([*bed.prefix(0), "tc", "filter", "del", "dev", "nic"], check=True)
+    found = {one.name: one for one in local_settings(bed.address(1), prefix=bed.prefix(0))}
+    assert found["tc"].ok is False
+
+
+def test_settings_of_a_card(tmp_path: Path) -> None:
+    """As iproute2 prints them; the card is made up."""
+    answers = {
+        "ip": [{"dev": "ib0"}],
+        "tc": [{"kind": "mq", "root": True}],
+        "dcb app": {"dscp_prio": [[46, 6], [8, 1]]},
+        "dcb pfc": {"prio_pfc": [False, True, False, False, False, False, True, False]},
+    }
+    script = tmp_path / "as-if"
+    script.write_text(
+        '#!/bin/sh\ncase "$1 $3" in\n'
+        + f"'ip route') echo '{json.dumps(answers['ip'])}';;\n"
+        + f"'tc qdisc') echo '{json.dumps(answers['tc'])}';;\n"
+        + f"'dcb app') echo '{json.dumps(answers['dcb app'])}';;\n"
+        + f"'dcb pfc') echo '{json.dumps(answers['dcb pfc'])}';;\n"
+        + "*) echo 'no such thing' >&2; exit 3;;\nesac\n"
+    )
+    script.chmod(0o755)
+    found = {one.name: one for one in local_settings("127.0.0.1", prefix=[str(script)])}
+    assert found["tc"].ok is None
+    assert (found["trust"].found, found["trust"].ok) == ("high to priority 6, low to priority 1", True)
+    assert found["pfc"].found == "priorities without loss: [1, 6]"
+    assert "no such thing" in found["sl2vl"].found
+    script.write_text(script.read_text().replace("[8, 1]", "[8, 6]").replace("prio_pfc", "other"))
+    found = {one.name: one for one in local_settings("127.0.0.1", prefix=[str(script)])}
+    assert found["trust"].ok is False
+    assert found["pfc"].found.startswith("not read: unexpected")
+    assert found["pfc"].ok is None
 
 
 @pytest.mark.root

@@ -1,6 +1,7 @@
 """``dualkv fabric``: configuration of two lanes, and whether they are real."""
 
 import contextlib
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -96,17 +97,22 @@ def serve(host: str, port: int) -> None:
 def check(host: str, port: int, seconds: float, as_json: bool) -> None:
     """Measure the lanes between this node and HOST, where `dualkv fabric serve` runs; it fills the link for a while.
 
-    HIGH's latency and throughput alone and beside a saturated LOW, and what LOW gets of the rest. Exit code 1 if the
-    lanes are not real.
+    What this node's settings say, as far as they can be read. Then HIGH's latency and throughput alone and beside a
+    saturated LOW, and what LOW gets of the rest. Exit code 1 if the lanes are not real.
     """
-    from dualkv.fabric import measure_lanes
+    from dualkv.fabric import local_settings, measure_lanes
     from dualkv.fabric.measure import FLOWS
 
+    settings = local_settings(host)
     with bars() as shown:
         report = measure_lanes(host, port, seconds=seconds, step=shown.stage("lanes", FLOWS))
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
+        click.echo(
+            json.dumps({**report.to_json(), "settings": [dataclasses.asdict(one) for one in settings]}, indent=2)
+        )
     else:
+        for one in settings:
+            click.echo(f"{one.name:<24}{one.found}{' (WRONG)' if one.ok is False else ''}")
         _print(report)
     if not report.isolated:
         raise SystemExit(1)
