@@ -400,6 +400,9 @@ def test_command(tmp_path: Path) -> None:
         (["--validate", "local", "--beyond"], "two commands"),
         (["--rate", "0"], "0"),
         (["--model", "gpt"], "ds27b"),
+        (["--trace", __file__, "--dataset", "64K"], "--dataset has no effect with --trace"),
+        (["--rate", "1", "--agents", "8"], "--agents has no effect with --rate"),
+        (["--seconds", "60"], "--seconds has no effect without --rate"),
         (["--beyond", "--html", "x.html"], "--html goes with a simulation or --validate paper"),
         (["--validate", "local", "--html", "x.html"], "--html goes with a simulation or --validate paper"),
         *(

@@ -95,6 +95,8 @@ def sim(validate: str | None, parts: tuple[str, ...], beyond: bool, **options: A
         raise click.UsageError("--html goes with a simulation or --validate paper")
     if validate or beyond:
         _refuse_ignored(f"--validate {validate}" if validate else "--beyond")
+    else:
+        _refuse_contradictions(options)
     if options["html"]:
         _check_html(options["html"])
     if validate == "paper":
@@ -107,12 +109,23 @@ def sim(validate: str | None, parts: tuple[str, ...], beyond: bool, **options: A
         _simulate(options)
 
 
+def _given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
 def _refuse_ignored(command: str) -> None:
-    context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is not click.core.ParameterSource.DEFAULT
-        if given and option.name not in _TAKEN[command]:
+    for option in click.get_current_context().command.params:
+        if _given(option.name or "") and option.name not in _TAKEN[command]:
             raise click.UsageError(f"{option.opts[0]} has no effect with {command}")
+
+
+def _refuse_contradictions(options: dict[str, Any]) -> None:
+    if options["trace"] and _given("dataset"):
+        raise click.UsageError("--dataset has no effect with --trace: sessions are generated or recorded")
+    if options["rate"] and _given("agents"):
+        raise click.UsageError("--agents has no effect with --rate: agents start together or arrive")
+    if not options["rate"] and _given("seconds"):
+        raise click.UsageError("--seconds has no effect without --rate: agents that start together run to their end")
 
 
 def _check_html(path: str) -> None:
