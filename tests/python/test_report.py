@@ -15,7 +15,7 @@ import pytest
 import dualkv
 from dualkv.demo.cluster import Topology
 from dualkv.demo.replay import Replay, TurnRecord
-from dualkv.demo.results import DemoResult, ModeRun, Percentiles
+from dualkv.demo.results import DemoResult, HighTraffic, ModeRun, Percentiles
 from dualkv.demo.run import DemoOptions
 from dualkv.report import plots, timeline
 from dualkv.report.html import write_demo_report
@@ -162,6 +162,15 @@ def test_every_run_has_its_row(result: DemoResult, tmp_path: Path) -> None:
         *("1.10x", "1,001", "0.300", "0.400", "0.100", "3.000", "2.000", "0.000", "90 %", "50 %", "6/6", "0"),
     ]
     assert [row[-1] for row in rows] == ["0", "0", "1"] * 2
+
+
+@needs_matplotlib
+def test_runs_on_a_testbed_show_the_models_traffic(result: DemoResult, tmp_path: Path) -> None:
+    result.runs[0].high = HighTraffic(Percentiles(0.0001, 0.0004), Percentiles(0.0002, 0.0005), 1.25)
+    heads, *rows = Page(write(result, tmp_path)).rows
+    assert len(heads) == len(rows[0])
+    assert rows[0][-2:] == ["0.50", "1.25x"]
+    assert rows[1][-2:] == ["-", "-"]
 
 
 @needs_matplotlib

@@ -114,6 +114,11 @@ _COLUMNS: tuple[tuple[str, Callable[[ModeRun], str]], ...] = (
     ("exact\nturns", _exact),
     ("failures", _failures),
 )
+# Of runs on a testbed: an exchange of the model's own traffic.
+_HIGH_COLUMNS: tuple[tuple[str, Callable[[ModeRun], str]], ...] = (
+    ("HIGH\np99, ms", lambda run: f"{1e3 * run.high.beside_s.p99:.2f}" if run.high else "-"),
+    ("of\nalone", lambda run: f"{run.high.p99_ratio:.2f}x" if run.high else "-"),
+)
 _NAMES = 2  # that many first columns are names, the others numbers
 
 
@@ -122,8 +127,9 @@ def _table(runs: Sequence[ModeRun]) -> str:
         names = [f'<{tag} class="name">{value}</{tag}>' for value in values[:_NAMES]]
         return "".join(names + [f"<{tag}>{value}</{tag}>" for value in values[_NAMES:]])
 
-    head = cells("th", [text(heading) for heading, _ in _COLUMNS])
-    body = "".join(f"<tr>{cells('td', [cell(run) for _, cell in _COLUMNS])}</tr>" for run in runs)
+    columns = _COLUMNS + (_HIGH_COLUMNS if any(run.high for run in runs) else ())
+    head = cells("th", [text(heading) for heading, _ in columns])
+    body = "".join(f"<tr>{cells('td', [cell(run) for _, cell in columns])}</tr>" for run in runs)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
