@@ -121,7 +121,7 @@ def test_a_report_says_what_real_lanes_would_do() -> None:
     good = LaneReport(100, 200, 110, 290, 9e7, 1e8, 9.6e7, 4.6e7, 5e7)
     assert good.isolated
     assert good.missed() == []
-    assert good.leakage == pytest.approx(0.45)
+    assert good.leakage == pytest.approx(0.04)
     assert good.low_of_rest == pytest.approx(0.92)
     bad = LaneReport(100, 200, 160, 310, 9e7, 1e8, 9.4e7, 1e7, 5e7)
     assert not bad.isolated

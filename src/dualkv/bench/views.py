@@ -170,7 +170,8 @@ _LANES = View(
         own("runs\nisolated", "isolated", _whole),
     ),
     note="latency: round trips of 64 bytes on HIGH; loaded: beside four connections that fill LOW; share: of HIGH's "
-    "throughput alone. Isolated: both ratios at most 1.5 and the share at least 0.95. Medians over the repeats.",
+    "throughput alone; 1 less it is the leakage. Isolated: both ratios at most 1.5 and the share at least "
+    "0.95. Medians over the repeats.",
 )
 
 _OWN: dict[str, tuple[View, ...]] = {

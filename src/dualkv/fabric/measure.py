@@ -29,12 +29,7 @@ _SLACK_S = 30.0
 
 @dataclass(frozen=True)
 class LaneReport:
-    """Latencies in microseconds, rates in bytes/s.
-
-    Attributes:
-        low_of_rest: of what a HIGH at half of the link leaves.
-        leakage: how much longer HIGH's p99 is beside LOW, relative to idle.
-    """
+    """Latencies in microseconds, rates in bytes/s."""
 
     idle_p50_us: float
     idle_p99_us: float
@@ -58,8 +53,8 @@ class LaneReport:
 
     @property
     def leakage(self) -> float:
-        """0 for lanes that are perfect."""
-        return self.p99_ratio - 1
+        """Of HIGH's throughput alone, what LOW takes of it: 0 for perfect lanes (tebench's isolation leakage)."""
+        return max(0.0, 1 - self.high_share)
 
     @property
     def high_share(self) -> float:
@@ -68,7 +63,7 @@ class LaneReport:
 
     @property
     def low_of_rest(self) -> float:
-        """1 for a LOW that uses all that is left."""
+        """What LOW gets of what a HIGH at half of the link leaves: 1 for all of it."""
         return self.low_beside_half / max(1.0, max(self.low_alone, self.high_alone) - self.high_half)
 
     def missed(self) -> list[str]:
