@@ -37,8 +37,6 @@ MODES = {
     "recompute": Mode("recompute", spread=True),
     "oracle": Mode("prefill_only", resident=True),
 }
-_HIGH_ALONE_S = 3.0
-
 COMPARED = ("basic", "dualpath", "split", "oracle")
 
 # A 16-layer GQA model whose KV is large for its compute (64 KiB a token in fp32), as long contexts are.
@@ -58,6 +56,8 @@ TORCH_MODEL = {
     "seed": 7,
 }
 MLA_MODEL = {**TORCH_MODEL, "kind": "mla", "latent_dim": 512, "rope_dim": 64}
+
+_HIGH_ALONE_S = 3.0  # of the model's own traffic, before a mode runs
 
 
 @dataclass(frozen=True)
