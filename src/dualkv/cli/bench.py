@@ -15,6 +15,7 @@ import click
 
 from dualkv.cli import values
 from dualkv.errors import Error
+from dualkv.fabric.plan import SHARE
 
 if TYPE_CHECKING:
     from dualkv.bench.compare import Comparison
@@ -93,7 +94,7 @@ def measured(
         @functools.wraps(command)
         def run(as_json: bool, html: str | None, save: str | None, quickly: bool, **options: Any) -> None:
             if quickly:
-                options |= {name: value for name, value in quick.items() if _left_out(name)}
+                options |= {name: value for name, value in quick.items() if not values.given(name)}
             Output(as_json, html, save).run(command(**options))
 
         for option in reversed(_common_options(repeats)):
@@ -101,10 +102,6 @@ def measured(
         return run
 
     return decorate
-
-
-def _left_out(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.DEFAULT
 
 
 def _common_options(repeats: int | None) -> list[Callable[[Any], Any]]:
@@ -322,7 +319,7 @@ def policy(**options: Any) -> "Measurement":
 @click.option(
     "--share",
     type=click.FloatRange(0.5, 1, max_open=True),
-    default=0.99,
+    default=SHARE,
     show_default=True,
     help="Of a link for HIGH while both lanes want it.",
 )

@@ -100,8 +100,7 @@ def demo(as_json: bool, html: str | None, topology: tuple[Topology, ...], **othe
     split (all sides read one request together), recompute (as split, but what takes longer to load than to compute is
     computed), oracle (hits cost nothing).
     """
-    given = click.get_current_context().get_parameter_source("cnic_limit")
-    if given is not click.core.ParameterSource.DEFAULT and not others["testbed"]:
+    if values.given("cnic_limit") and not others["testbed"]:
         raise click.UsageError("--cnic-limit is of a testbed's links: give --testbed too")
     options = DemoOptions(topologies=topology, **others)
     if html:

@@ -109,22 +109,18 @@ def sim(validate: str | None, parts: tuple[str, ...], beyond: bool, **options: A
         _simulate(options)
 
 
-def _given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-
-
 def _refuse_ignored(command: str) -> None:
     for option in click.get_current_context().command.params:
-        if _given(option.name or "") and option.name not in _TAKEN[command]:
+        if values.given(option.name or "") and option.name not in _TAKEN[command]:
             raise click.UsageError(f"{option.opts[0]} has no effect with {command}")
 
 
 def _refuse_contradictions(options: dict[str, Any]) -> None:
-    if options["trace"] and _given("dataset"):
+    if options["trace"] and values.given("dataset"):
         raise click.UsageError("--dataset has no effect with --trace: sessions are generated or recorded")
-    if options["rate"] and _given("agents"):
+    if options["rate"] and values.given("agents"):
         raise click.UsageError("--agents has no effect with --rate: agents start together or arrive")
-    if not options["rate"] and _given("seconds"):
+    if not options["rate"] and values.given("seconds"):
         raise click.UsageError("--seconds has no effect without --rate: agents that start together run to their end")
 
 

@@ -1,10 +1,15 @@
-"""Values of options: sizes with units, and lists of them."""
+"""Values of options: sizes with units, lists of them, and whether one was given at all."""
 
 from collections.abc import Callable
 
 import click
 
 from dualkv.sizes import parse_size
+
+
+def given(name: str) -> bool:
+    """Whether the running command's option was given, and is not its default."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def size(_: click.Context, __: click.Parameter, value: str) -> int:

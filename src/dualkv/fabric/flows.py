@@ -87,6 +87,19 @@ def _open(host: str, port: int, kind: bytes, lane: str) -> socket.socket:
     return sock
 
 
+def _exchange(sock: socket.socket, message: bytes) -> float:
+    """Seconds until all of it is back."""
+    begin = time.perf_counter()
+    sock.sendall(message)
+    left = len(message)
+    while left:
+        got = len(sock.recv(left))
+        if not got:
+            raise ConnectionResetError("the server has gone")
+        left -= got
+    return time.perf_counter() - begin
+
+
 def echo(host: str, port: int, lane: str, size: int, seconds: float) -> list[float]:
     """Round trips of ``size`` bytes, one after the other, for so long: seconds each."""
     out = []
@@ -94,11 +107,8 @@ def echo(host: str, port: int, lane: str, size: int, seconds: float) -> list[flo
     _before_others()
     with _open(host, port, b"e", lane) as sock:
         end = time.monotonic() + seconds
-        while (begin := time.perf_counter()) and time.monotonic() < end:
-            sock.sendall(message)
-            if len(sock.recv(size, socket.MSG_WAITALL)) < size:
-                raise ConnectionResetError("the server has gone")
-            out.append(time.perf_counter() - begin)
+        while time.monotonic() < end:
+            out.append(_exchange(sock, message))
     return out
 
 
@@ -112,14 +122,7 @@ def rounds(host: str, port: int, lane: str, size: int, interval_s: float, until:
         begin = time.perf_counter()
         while not until.wait(max(0.0, begin + interval_s - time.perf_counter())):
             begin = time.perf_counter()
-            sock.sendall(message)
-            left = size
-            while left:
-                got = len(sock.recv(left))
-                if not got:
-                    raise ConnectionResetError("the server has gone")
-                left -= got
-            out.append(time.perf_counter() - begin)
+            out.append(_exchange(sock, message))
     return out
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from types import TracebackType
 
 from dualkv.fabric.measure import Flow
 from dualkv.testbed.network import Testbed
@@ -38,9 +37,7 @@ class AllToAll:
             self._servers = servers.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._running.close()
         self._servers.close()
 
