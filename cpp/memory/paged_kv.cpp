@@ -1,6 +1,7 @@
 // PagedKv: validation and addressing of strided planes.
 #include "dualkv/paged_kv.h"
 
+#include <algorithm>
 #include <array>
 
 #include "base/hash.h"
@@ -54,6 +55,23 @@ std::size_t PagedKv::extents(std::uint32_t layer, std::uint32_t block_id, std::s
     out[i] = {planes[i].base + block_id * planes[i].block_stride, planes[i].bytes};
   }
   return planes.size();
+}
+
+std::vector<Extent> PagedKv::memory() const {
+  std::vector<Extent> planes;
+  for (const std::vector<Plane>& layer : layers_) {
+    for (const Plane& plane : layer) planes.push_back({plane.base, (block_count_ - 1) * plane.block_stride + plane.bytes});
+  }
+  std::sort(planes.begin(), planes.end(), [](const Extent& a, const Extent& b) { return a.data < b.data; });
+  std::vector<Extent> runs;
+  for (const Extent& plane : planes) {
+    if (runs.empty() || runs.back().data + runs.back().bytes < plane.data) {
+      runs.push_back(plane);
+    } else {
+      runs.back().bytes = std::max<std::uint64_t>(runs.back().bytes, plane.data + plane.bytes - runs.back().data);
+    }
+  }
+  return runs;
 }
 
 std::vector<std::uint64_t> checksums(const PagedKv& cache, std::span<const std::uint32_t> block_ids,

@@ -29,6 +29,7 @@ std::uint32_t layers_per_read(const LoadRequest& request, std::uint32_t layers) 
 std::shared_ptr<LoadTask> LoadTask::begin(NodeState& node, LoadRequest request) {
   std::shared_ptr<LoadTask> task(new LoadTask(node, std::move(request)));
   task->check_request();
+  node.know(task->request_.into);
   const Plan& plan = task->request_.plan;
   task->add_source(node.name(), Path::kPrefill, true);
   if (!plan.decode.empty()) {
@@ -276,6 +277,8 @@ void LoadTask::layer_ready(std::uint32_t layer) {
 }
 
 void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blocks, const Status& why) {
+  // What it was allowed to write must not fall on what another brings.
+  if (sources_[from]->link) node_.grants().fence(sources_[from]->grant, blocks);
   std::vector<std::vector<std::uint32_t>> shares(sources_.size());
   for (std::uint32_t block : blocks) {
     Block& state = blocks_[block];

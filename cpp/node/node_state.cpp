@@ -28,7 +28,17 @@ void check_options(const NodeOptions& options) {
     require(lane.dscp >= 0 && lane.dscp <= 63, text("node: dscp = ", lane.dscp, ": must be 0 to 63"));
     require(lane.so_priority >= 0 && lane.so_priority <= 15,
             text("node: so_priority = ", lane.so_priority, ": must be 0 to 15"));
+    require(lane.service_level >= 0 && lane.service_level <= 15,
+            text("node: service_level = ", lane.service_level, ": must be 0 to 15"));
   }
+  const RdmaOptions& rdma = options.rdma;
+  require(rdma.timeout >= 1 && rdma.timeout <= 31, text("node: rdma.timeout = ", rdma.timeout, ": must be 1 to 31"));
+  require(rdma.retries >= 0 && rdma.retries <= 7 && rdma.rnr_retries >= 0 && rdma.rnr_retries <= 7,
+          "node: rdma.retries and rdma.rnr_retries must be 0 to 7");
+  require(rdma.mtu == 0 || (rdma.mtu >= 256 && rdma.mtu <= 4096),
+          text("node: rdma.mtu = ", rdma.mtu, ": must be 256 to 4096, or 0 for the port's"));
+  require(rdma.send_depth >= 1 && rdma.send_depth <= 32768 && rdma.receive_depth >= 2 && rdma.receive_depth <= 32768,
+          "node: rdma.send_depth must be 1 to 32768, rdma.receive_depth 2 to 32768");
   require(options.write_frame_bytes >= 1 && options.write_window_bytes >= options.write_frame_bytes,
           "node: write_window_bytes must be at least write_frame_bytes");
   require(options.spin_us <= 1000, text("node: spin_us = ", options.spin_us, ": must be at most 1000"));
@@ -39,14 +49,18 @@ void check_options(const NodeOptions& options) {
   require(options.handshake_s > 0 && options.stall_s > 0, "node: handshake_s and stall_s must be positive");
 }
 
-TransportOptions transport_options(const NodeOptions& options, std::shared_ptr<SharedRegions> regions) {
+TransportOptions transport_options(const NodeOptions& options, std::shared_ptr<SharedRegions> regions,
+                                   std::shared_ptr<const KnownMemory> memory) {
   return {options.name,
           options.secret,
           options.connections_per_lane,
           {options.lanes[0], options.lanes[1]},
           options.write_window_bytes,
           options.handshake_s,
-          std::move(regions)};
+          std::move(regions),
+          options.rdma,
+          std::move(memory),
+          options.staging.numa_node};
 }
 
 // Peers that come by shm:// map the staging.
@@ -75,7 +89,7 @@ std::uint64_t microseconds_until(Clock::time_point when) {
 NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
     : geometry_((check_options(options), geometry)),
       options_(completed(std::move(options))),
-      transport_options_(transport_options(options_, regions_)),
+      transport_options_(transport_options(options_, regions_, memory_)),
       progress_(std::make_shared<Progress>("dualkv-" + options_.name, std::chrono::microseconds(options_.spin_us))),
       fallbacks_(options_.store.fail_on_fallback),
       pool_(geometry_, options_.staging),
@@ -83,6 +97,7 @@ NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
       grants_(geometry_),
       sends_(geometry_, options_.write_frame_bytes) {
   if (pool_.shared_fd() >= 0) regions_->add(pool_.memory(), pool_.shared_fd());
+  memory_->add(pool_.memory(), std::shared_ptr<const void>(alive_));
   const StagingStats staging = pool_.stats();
   if (options_.staging.lock_memory && !staging.locked)
     fallbacks_.count("staging_not_locked", "raise the memlock limit");
@@ -159,6 +174,11 @@ std::uint32_t NodeState::share(std::span<const std::byte> memory, int fd) {
   const std::uint32_t id = regions_->add(memory, fd);
   for (const auto& [scheme, transport] : transports_) transport->on_regions_changed();
   return id;
+}
+
+void NodeState::know(const std::shared_ptr<const PagedKv>& cache) {
+  if (!transports_.contains(Scheme::kRdma)) return;
+  for (const Extent& run : cache->memory()) memory_->add({run.data, run.bytes}, cache);
 }
 
 void NodeState::unshare(std::uint32_t id) {
@@ -319,6 +339,7 @@ void NodeState::for_each_task(Visit visit) {
 
 NodeView NodeState::view() const {
   const StoreStats store = store_->stats();
+  memory_->add(pool_.memory(), std::shared_ptr<const void>(alive_));
   const StagingStats staging = pool_.stats();
   NodeView view;
   view.name = options_.name;

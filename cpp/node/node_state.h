@@ -56,6 +56,8 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   // Lets peers on this host map the memory behind a memfd.
   std::uint32_t share(std::span<const std::byte> memory, int fd);
   void unshare(std::uint32_t id);
+  // Transfers will touch it: a NIC may be told of it, for as long as it lives. Progress thread.
+  void know(const std::shared_ptr<const PagedKv>& cache);
   SendQueue& sends() { return sends_; }
   const std::vector<std::string>& addresses() const { return addresses_; }
 
@@ -134,10 +136,12 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   const KvGeometry geometry_;
   const NodeOptions options_;
   const std::shared_ptr<SharedRegions> regions_ = std::make_shared<SharedRegions>();
+  const std::shared_ptr<KnownMemory> memory_ = std::make_shared<KnownMemory>();
   TransportOptions transport_options_;
   std::shared_ptr<Progress> progress_;
   Fallbacks fallbacks_;
   StagingPool pool_;
+  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // owns the pool's memory, to those who ask
   std::unique_ptr<Store> store_;
   GrantTable grants_;
   SendQueue sends_;

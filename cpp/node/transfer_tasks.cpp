@@ -38,6 +38,7 @@ std::shared_ptr<GrantTask> GrantTask::begin(NodeState& node, const std::string& 
   check_ids(*into, block_ids, node.geometry().layers(), "grant");
   if (!node.find_link(peer)) throw Error(Code::kPeerLost, text("grant: node '", peer, "' is not connected"));
   std::shared_ptr<GrantTask> task(new GrantTask(node, peer, std::move(into), std::move(block_ids)));
+  node.know(task->into_);
   task->id_ = node.grants().add(*task, peer);
   node.add_task(task);
   task->timer_ = node.progress().at(Clock::now() + seconds(deadline_s), [weak = std::weak_ptr(task)] {
@@ -91,6 +92,7 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
   }
   const auto link = node.find_link(peer);
   if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
+  node.know(request.source);
   std::shared_ptr<SendTask> task(new SendTask(node, std::move(request)));
   task->sender_ =
       std::make_unique<LayerSender>(node.sends(), link, task->request_.grant, task->request_.lane, *task,

@@ -18,7 +18,7 @@ namespace {
 
 [[noreturn]] void malformed(const std::string& text, const std::string& why) {
   throw Error(Code::kInvalidArgument, dualkv::text("address '", text, "': ", why,
-                                                   "; give tcp://host:port, shm:///path.sock or loopback://name"));
+                                                   "; give tcp://host:port, rdma://host:port, shm:///path.sock or loopback://name"));
 }
 
 bool is_this_host(const sockaddr_storage& address) {
@@ -71,6 +71,7 @@ const char* to_string(Scheme scheme) {
     case Scheme::kTcp: return "tcp";
     case Scheme::kShm: return "shm";
     case Scheme::kLoopback: return "loopback";
+    case Scheme::kRdma: return "rdma";
   }
   return "unknown";
 }
@@ -81,7 +82,8 @@ Address resolve(const std::string& text, bool for_listening) {
   const std::size_t at = text.find("://");
   if (at == std::string::npos) malformed(text, "no scheme");
   const std::string scheme = text.substr(0, at), rest = text.substr(at + 3);
-  if (scheme == "tcp") {
+  if (scheme == "tcp" || scheme == "rdma") {
+    if (scheme == "rdma") address.scheme = Scheme::kRdma;
     resolve_tcp(rest, for_listening, &address);
   } else if (scheme == "shm") {
     address.scheme = Scheme::kShm;

@@ -1,4 +1,4 @@
-// Addresses of nodes: tcp://host:port, shm:///path.sock, loopback://name.
+// Addresses of nodes: tcp://host:port, rdma://host:port, shm:///path.sock, loopback://name.
 #pragma once
 
 #include <sys/socket.h>
@@ -8,15 +8,17 @@
 
 namespace dualkv {
 
-enum class Scheme : std::uint8_t { kTcp, kShm, kLoopback };
+// rdma: control and what can't go by RDMA travel over TCP to the same address.
+enum class Scheme : std::uint8_t { kTcp, kShm, kLoopback, kRdma };
 const char* to_string(Scheme scheme);
+inline bool over_tcp(Scheme scheme) { return scheme == Scheme::kTcp || scheme == Scheme::kRdma; }
 
 // Resolved, so that connecting does not block.
 struct Address {
   Scheme scheme = Scheme::kTcp;
   std::string text;           // as given
   std::string name;           // loopback only
-  sockaddr_storage socket{};  // tcp and shm
+  sockaddr_storage socket{};  // all but loopback
   socklen_t socket_bytes = 0;
   bool this_host = false;  // can't be reached from, or does not lead to, another host
 };

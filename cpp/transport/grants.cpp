@@ -27,6 +27,14 @@ std::uint64_t GrantTable::add(GrantSink& sink, const std::string& peer) {
   return grant;
 }
 
+void GrantTable::remove(std::uint64_t grant) {
+  if (grants_.erase(grant) > 0) fence(grant, {});
+}
+
+void GrantTable::fence(std::uint64_t grant, std::span<const std::uint32_t> blocks) {
+  for (DirectWrites* writes : direct_) writes->fence(grant, blocks);
+}
+
 GrantSink* GrantTable::find(std::uint64_t grant, const std::string& peer) const {
   const auto found = grants_.find(grant);
   return found != grants_.end() && found->second.peer == peer ? found->second.sink : nullptr;

@@ -27,6 +27,15 @@ class GrantSink {
                        bool right) = 0;
 };
 
+// A link whose peer writes without asking this CPU for every byte: what it was allowed goes on until it is fenced.
+class DirectWrites {
+ public:
+  virtual ~DirectWrites() = default;
+  // When this returns, nothing that was allowed for the grant (for these of its blocks; none given: for all of it) is
+  // written any more.
+  virtual void fence(std::uint64_t grant, std::span<const std::uint32_t> blocks) = 0;
+};
+
 // Progress thread only. A sink must be removed before it dies.
 class GrantTable {
  public:
@@ -34,7 +43,13 @@ class GrantTable {
 
   // Returns the new grant's unguessable id. Only `peer` may use it.
   std::uint64_t add(GrantSink& sink, const std::string& peer);
-  void remove(std::uint64_t grant) { grants_.erase(grant); }
+  // Nothing is written for the grant any more when this returns.
+  void remove(std::uint64_t grant);
+  // Nor for these blocks: another will bring them.
+  void fence(std::uint64_t grant, std::span<const std::uint32_t> blocks);
+  // `writes` must be removed before it dies.
+  void add(DirectWrites& writes) { direct_.push_back(&writes); }
+  void remove(DirectWrites& writes) { std::erase(direct_, &writes); }
   // Null if there is no such grant for this peer.
   GrantSink* find(std::uint64_t grant, const std::string& peer) const;
   const KvGeometry& geometry() const { return geometry_; }
@@ -46,6 +61,7 @@ class GrantTable {
   };
   const KvGeometry geometry_;
   std::unordered_map<std::uint64_t, Entry> grants_;
+  std::vector<DirectWrites*> direct_;
 };
 
 // A write being received: says where the next bytes go, and checks them at the end. Targets are looked up again for

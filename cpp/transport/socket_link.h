@@ -14,6 +14,7 @@
 
 #include "transport/channel.h"
 #include "transport/handshake.h"
+#include "transport/rdma_path.h"
 #include "transport/transport.h"
 
 namespace dualkv {
@@ -24,18 +25,25 @@ inline std::uint64_t pull(pid_t pid, std::span<const iovec> local, std::span<con
   return got > 0 ? static_cast<std::uint64_t>(got) : 0;
 }
 
-// tcp sends Layer Blocks inline; shm sends references, and the receiver pulls the bytes. Progress thread only.
-class SocketLink : public Link, public ChannelOwner, public std::enable_shared_from_this<SocketLink> {
+// tcp sends Layer Blocks inline; rdma writes them, and sends inline what it can't; shm sends references, and the
+// receiver pulls the bytes. Progress thread only.
+class SocketLink : public Link,
+                   public ChannelOwner,
+                   public RdmaPath::Host,
+                   public std::enable_shared_from_this<SocketLink> {
  public:
   SocketLink(Progress& progress, GrantTable& grants, LinkEvents& events, Scheme scheme, const TransportOptions& options,
-             std::string peer)
+             std::string peer, std::shared_ptr<RdmaDomain> rdma)
       : progress_(progress),
         grants_(grants),
         events_(events),
         scheme_(scheme),
         options_(options),
         peer_(std::move(peer)),
-        last_received_(Clock::now()) {}
+        rdma_(std::move(rdma)),
+        last_received_(Clock::now()) {
+    if (rdma_) path_ = std::make_unique<RdmaPath>(progress_, grants_, *rdma_, options_, peer_, *this);
+  }
 
   // Adds a proven channel; true once the link is complete.
   bool attach(const std::shared_ptr<Channel>& channel, ChannelRole role, pid_t pid) {
@@ -51,12 +59,14 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     return control_ && lanes_[0].size() == options_.channels_per_lane && lanes_[1].size() == options_.channels_per_lane;
   }
 
-  void start() {
+  // `connector`: this side connected.
+  void start(bool connector) {
     open_ = true;
     last_received_ = Clock::now();
     tell_regions();
     events_.on_open(shared_from_this());
     for_each_channel([](Channel& channel) { channel.set_reading(true); });
+    if (path_) path_->start(connector);
   }
 
   // shm: what the peer may map, now.
@@ -81,13 +91,13 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
 
   void write(LayerWrite write) override {
     const std::uint64_t bytes = write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
-    auto& channels = lanes_[static_cast<int>(write.lane)];
-    const auto channel = std::min_element(channels.begin(), channels.end(), [](const auto& a, const auto& b) {
-      return a->queued_bytes() < b->queued_bytes();
-    });
     lane_bytes_[static_cast<int>(write.lane)] += bytes;
-    (*channel)->send(frame_of(write));
-    pending_.emplace(write.id, Pending{std::move(write), bytes, *channel});
+    stats_.bytes_sent[static_cast<int>(write.lane)] += bytes;
+    const std::uint64_t id = write.id;
+    Pending& pending = pending_.emplace(id, Pending{std::move(write), bytes, nullptr}).first->second;
+    if (path_ && path_->write(pending.write)) return;
+    if (path_) events_.on_fallback("rdma_inline");
+    send_frame(pending);
   }
 
   void withdraw(std::uint64_t owner) override {
@@ -97,7 +107,8 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
         ++item;
         continue;
       }
-      pending.channel->withdraw(pending.write.id);
+      if (pending.channel) pending.channel->withdraw(pending.write.id);
+      if (path_) path_->withdraw(pending.write.id);
       lane_bytes_[static_cast<int>(pending.write.lane)] -= pending.bytes;
       item = pending_.erase(item);
     }
@@ -108,6 +119,7 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     closed_ = true;
     const bool was_open = std::exchange(open_, false);
     for_each_channel([&](Channel& channel) { channel.close(why); });
+    if (path_) path_->close();
     if (!was_open) return;
     // Posted, so that whoever closes a link is not called back in the middle of its own work.
     progress_.post([self = shared_from_this(), why] {
@@ -121,12 +133,14 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     stats.peer = peer_;
     stats.transport = to_string(scheme_);
     stats.connected = open_;
+    if (path_) stats.rdma = path_->stats();
     return stats;
   }
 
   bool on_frame(Channel& channel, FrameType type, std::span<const std::byte> body) override {
     last_received_ = Clock::now();
-    const bool control = type == FrameType::kMessage || type == FrameType::kRegions;
+    const bool control =
+        type == FrameType::kMessage || type == FrameType::kRegions || type == FrameType::kRdmaSetup;
     if (control != (&channel == control_.get())) return false;
     switch (type) {
       case FrameType::kMessage: events_.on_message(*this, body); return true;
@@ -134,6 +148,10 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
       case FrameType::kWrite:
       case FrameType::kWriteRef: return on_write(channel, type, body);
       case FrameType::kWriteDone: return on_done(body);
+      case FrameType::kRdmaSetup: return path_ && path_->on_setup(body);
+      case FrameType::kWriteAsk: return path_ && path_->on_ask(lane_of(channel), body);
+      case FrameType::kWriteClear: return path_ && path_->on_clear(body);
+      case FrameType::kWriteDrop: return path_ && path_->on_drop(body);
       default: return false;
     }
   }
@@ -159,8 +177,41 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
   struct Pending {
     LayerWrite write;
     std::uint64_t bytes;
-    std::shared_ptr<Channel> channel;
+    std::shared_ptr<Channel> channel;  // that its frame went to; null: by RDMA
   };
+
+  void send_frame(Pending& pending) {
+    auto& channels = lanes_[static_cast<int>(pending.write.lane)];
+    pending.channel = *std::min_element(channels.begin(), channels.end(), [](const auto& a, const auto& b) {
+      return a->queued_bytes() < b->queued_bytes();
+    });
+    pending.channel->send(frame_of(pending.write));
+  }
+
+  Lane lane_of(const Channel& channel) const {
+    const auto& high = lanes_[static_cast<int>(Lane::kHigh)];
+    const bool found = std::any_of(high.begin(), high.end(), [&](const auto& each) { return each.get() == &channel; });
+    return found ? Lane::kHigh : Lane::kLow;
+  }
+
+  // RdmaPath::Host. One channel a lane, so that what is said of a write arrives in order.
+  void tell(FrameType type, std::span<const std::byte> body) override { control_->send(type, body); }
+  void tell(Lane lane, FrameType type, std::span<const std::byte> body) override {
+    lanes_[static_cast<int>(lane)].front()->send(type, body);
+  }
+  void send_inline(std::uint64_t id) override {
+    events_.on_fallback("rdma_inline");
+    const auto found = pending_.find(id);
+    if (found != pending_.end()) send_frame(found->second);
+  }
+  void written(Lane lane, const InboundWrite& write, Outcome outcome) override {
+    last_received_ = Clock::now();
+    answer(*lanes_[static_cast<int>(lane)].front(), write, outcome);
+  }
+  void hostile() override {
+    events_.on_hostile();
+    close({Code::kRefused, 0, "the peer announced a write that it was not cleared for"});
+  }
 
   template <typename Visit>
   void for_each_channel(Visit visit) {
@@ -171,7 +222,7 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
   }
 
   OutFrame frame_of(const LayerWrite& write) {
-    const bool inline_bytes = scheme_ == Scheme::kTcp;
+    const bool inline_bytes = over_tcp(scheme_);
     WriteHeader header{write.id, write.grant, write.layer, inline_bytes ? 0 : write.blocks[0].extents, 0, {}};
     if (!inline_bytes) header.region = region_of(write);
     OutFrame frame;
@@ -182,8 +233,6 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
       for (std::uint32_t i = 0; i < block.extents; ++i) add_piece(frame, block.source[i]);
     }
     frame.head = encode_frame(inline_bytes ? FrameType::kWrite : FrameType::kWriteRef, encode_write(header));
-    stats_.bytes_sent[static_cast<int>(write.lane)] +=
-        write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
     return frame;
   }
 
@@ -220,11 +269,12 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
   }
 
   bool on_write(Channel& channel, FrameType type, std::span<const std::byte> body) {
-    if (type != (scheme_ == Scheme::kTcp ? FrameType::kWrite : FrameType::kWriteRef)) return false;
+    if (type != (over_tcp(scheme_) ? FrameType::kWrite : FrameType::kWriteRef)) return false;
     auto header = decode_write(body, type, grants_.geometry());
     if (!header) return false;
     auto write = std::make_unique<InboundWrite>(grants_, peer_, std::move(*header));
     if (type == FrameType::kWrite) {
+      if (path_) path_->before_inline(write->header());
       channel.receive(std::move(write));
     } else if (memory_.has(write->header().region)) {
       answer(channel, *write, write->copy_from(memory_));
@@ -278,6 +328,7 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
     const auto node = pending_.extract(done->id);
     if (node.empty()) return true;  // withdrawn
     lane_bytes_[static_cast<int>(node.mapped().write.lane)] -= node.mapped().bytes;
+    if (path_) path_->done(done->id);
     events_.on_write_done(*this, done->id, {done->code, 0});
     return true;
   }
@@ -294,6 +345,8 @@ class SocketLink : public Link, public ChannelOwner, public std::enable_shared_f
   std::vector<std::shared_ptr<Channel>> lanes_[kLaneCount];
   pid_t pid_ = 0;
   PeerMemory memory_;
+  const std::shared_ptr<RdmaDomain> rdma_;  // null: not an rdma link
+  std::unique_ptr<RdmaPath> path_;          // of rdma links
   bool open_ = false;
   bool closed_ = false;
   Clock::time_point last_received_;

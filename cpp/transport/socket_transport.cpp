@@ -1,4 +1,4 @@
-// tcp and shm: listening, connecting, and the handshake that makes channels into links.
+// tcp, rdma and shm: listening, connecting, and the handshake that makes channels into links.
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -43,6 +43,9 @@ class SocketTransport : public Transport {
         options_(options),
         probe_(random_u64()) {
     if (scheme == Scheme::kShm) options_.channels_per_lane = 1;  // the channel carries references only
+    if (scheme != Scheme::kRdma) return;
+    rdma_ = std::make_shared<RdmaDomain>(options_.rdma, options_.numa_node, progress_, *options_.memory,
+                                         [this](const std::string& what) { events_.on_fallback(what); });
   }
 
   ~SocketTransport() override { close(); }
@@ -101,6 +104,7 @@ class SocketTransport : public Transport {
   GrantTable& grants_;
   LinkEvents& events_;
   TransportOptions options_;
+  std::shared_ptr<RdmaDomain> rdma_;  // of rdma
   const std::uint64_t probe_;
   std::map<int, Fd> listeners_;
   std::vector<std::string> socket_paths_;
@@ -143,14 +147,14 @@ std::string SocketTransport::listen(const Address& address) {
   Fd fd = make_socket(address);
   const auto* target = reinterpret_cast<const sockaddr*>(&address.socket);
   const int one = 1;
-  if (scheme_ == Scheme::kTcp) setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+  if (over_tcp(scheme_)) setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
   if (scheme_ == Scheme::kShm) remove_dead_socket(address);
   if (bind(fd.get(), target, address.socket_bytes) != 0 || ::listen(fd.get(), 128) != 0) {
     throw Error(Code::kIo, text("cannot listen on '", address.text, "'; is it taken, or the socket's folder missing?"),
                 errno);
   }
   std::string reachable = address.text;
-  if (scheme_ == Scheme::kTcp) {
+  if (over_tcp(scheme_)) {
     sockaddr_storage bound{};
     socklen_t bytes = sizeof(bound);
     getsockname(fd.get(), reinterpret_cast<sockaddr*>(&bound), &bytes);
@@ -196,7 +200,7 @@ Hello SocketTransport::hello(std::uint64_t session, ChannelRole role, std::uint8
 
 // Low-latency, and marked for the lane on the wire and in this host's queues.
 void SocketTransport::mark_lane(int fd, ChannelRole role) {
-  if (scheme_ != Scheme::kTcp) return;
+  if (!over_tcp(scheme_)) return;
   const int one = 1;
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
   const LaneOptions& lane = options_.lanes[role == ChannelRole::kLow ? 0 : 1];
@@ -398,7 +402,7 @@ void SocketTransport::proven(const std::shared_ptr<Handshake>& shake) {
   const auto key = std::pair(shake->theirs.name, shake->mine.session);
   std::shared_ptr<SocketLink>& link = shake->connector ? shake->dial->link : partial_[key];
   if (!link) {
-    link = std::make_shared<SocketLink>(progress_, grants_, events_, scheme_, options_, shake->theirs.name);
+    link = std::make_shared<SocketLink>(progress_, grants_, events_, scheme_, options_, shake->theirs.name, rdma_);
     std::erase_if(links_, [](const auto& weak) { return weak.expired(); });
     links_.push_back(link);
     if (!shake->connector) expire_partial(key);
@@ -414,7 +418,7 @@ void SocketTransport::proven(const std::shared_ptr<Handshake>& shake) {
     }
   }
   if (!complete) return;
-  joined->start();
+  joined->start(shake->connector);
   if (dial) dial->end({}, joined->peer());
 }
 

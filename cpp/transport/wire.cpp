@@ -13,6 +13,9 @@ constexpr std::size_t kCheckedHeaderBytes = 24;
 constexpr std::uint32_t kMaxHandshakeBytes = 1024;
 constexpr std::uint32_t kMaxMessageBytes = 4u << 20;
 constexpr std::size_t kRegionBytes = 32;
+constexpr std::size_t kRdmaSetupBytes = 40;
+constexpr std::size_t kExtentBytes = 24;
+constexpr std::uint32_t kMaxClearBytes = 16 + kMaxWriteBlocks * (8 + PagedKv::kMaxPlanes * kExtentBytes);
 constexpr std::uint32_t kMaxWriteBytes = 32 + kMaxWriteBlocks * (16 + PagedKv::kMaxPlanes * 16);
 }  // namespace
 
@@ -26,6 +29,10 @@ std::uint32_t max_body_bytes(FrameType type) {
     case FrameType::kWriteRef: return kMaxWriteBytes;
     case FrameType::kWriteDone: return 16;
     case FrameType::kRegions: return SharedRegions::kMost * kRegionBytes;
+    case FrameType::kRdmaSetup: return kRdmaSetupBytes;
+    case FrameType::kWriteAsk: return 8 + kMaxWriteBytes;
+    case FrameType::kWriteClear: return kMaxClearBytes;
+    case FrameType::kWriteDrop: return 8;
     default: return 0;
   }
 }
@@ -148,6 +155,112 @@ std::optional<std::vector<SharedRegion>> decode_regions(std::span<const std::byt
     if (region.id == 0 || region.fd < 0 || region.base + region.bytes < region.base) return std::nullopt;
   }
   return regions;
+}
+
+std::vector<std::byte> encode_rdma_setup(const RdmaSetup& setup) {
+  ByteWriter out;
+  out.put(setup.pair);
+  out.put(setup.epoch);
+  out.put(setup.number);
+  out.put(setup.packet_sequence);
+  out.put(setup.lid);
+  out.put(setup.mtu);
+  out.put(static_cast<std::uint8_t>(setup.ethernet));
+  out.put(static_cast<std::uint32_t>(setup.step));
+  out.put_bytes(std::as_bytes(std::span(setup.gid)));
+  return out.take();
+}
+
+std::optional<RdmaSetup> decode_rdma_setup(std::span<const std::byte> body) {
+  if (body.size() != kRdmaSetupBytes) return std::nullopt;
+  ByteReader in(body);
+  RdmaSetup setup;
+  setup.pair = in.get<std::uint32_t>();
+  setup.epoch = in.get<std::uint32_t>();
+  setup.number = in.get<std::uint32_t>();
+  setup.packet_sequence = in.get<std::uint32_t>();
+  setup.lid = in.get<std::uint16_t>();
+  setup.mtu = in.get<std::uint8_t>();
+  const auto ethernet = in.get<std::uint8_t>();
+  const auto step = in.get<std::uint32_t>();
+  for (std::uint8_t& byte : setup.gid) byte = in.get<std::uint8_t>();
+  if (!in.complete() || ethernet > 1 || step > static_cast<std::uint32_t>(RdmaSetup::Step::kUp)) return std::nullopt;
+  setup.ethernet = ethernet == 1;
+  setup.step = static_cast<RdmaSetup::Step>(step);
+  return setup;
+}
+
+std::vector<std::byte> encode_write_ask(const WriteAsk& ask) {
+  ByteWriter out;
+  out.put(ask.pair);
+  out.put(ask.epoch);
+  out.put_bytes(encode_write(ask.write));
+  return out.take();
+}
+
+std::optional<WriteAsk> decode_write_ask(std::span<const std::byte> body, const KvGeometry& geometry) {
+  ByteReader in(body);
+  WriteAsk ask;
+  ask.pair = in.get<std::uint32_t>();
+  ask.epoch = in.get<std::uint32_t>();
+  if (!in.ok()) return std::nullopt;
+  auto write = decode_write(body.last(in.left()), FrameType::kWrite, geometry);
+  if (!write) return std::nullopt;
+  ask.write = std::move(*write);
+  return ask;
+}
+
+std::vector<std::byte> encode_write_clear(const WriteClear& clear) {
+  ByteWriter out;
+  out.put(clear.id);
+  out.put(clear.immediate);
+  out.put(static_cast<std::uint32_t>(clear.entries.size()));
+  for (const WriteClear::Entry& entry : clear.entries) {
+    out.put(entry.count);
+    out.put(std::uint32_t{0});
+    for (const RemoteExtent& extent : std::span(entry.extents).first(entry.count)) {
+      out.put(extent.address);
+      out.put(extent.bytes);
+      out.put(extent.key);
+      out.put(std::uint32_t{0});
+    }
+  }
+  return out.take();
+}
+
+std::optional<WriteClear> decode_write_clear(std::span<const std::byte> body) {
+  ByteReader in(body);
+  WriteClear clear;
+  clear.id = in.get<std::uint64_t>();
+  clear.immediate = in.get<std::uint32_t>();
+  const auto count = in.get<std::uint32_t>();
+  if (!in.ok() || count > kMaxWriteBlocks) return std::nullopt;
+  clear.entries.resize(count);
+  for (WriteClear::Entry& entry : clear.entries) {
+    entry.count = in.get<std::uint32_t>();
+    if (in.get<std::uint32_t>() != 0 || entry.count > PagedKv::kMaxPlanes) return std::nullopt;
+    for (std::uint32_t i = 0; i < entry.count; ++i) {
+      RemoteExtent& extent = entry.extents[i];
+      extent.address = in.get<std::uint64_t>();
+      extent.bytes = in.get<std::uint64_t>();
+      extent.key = in.get<std::uint32_t>();
+      if (in.get<std::uint32_t>() != 0) return std::nullopt;
+    }
+  }
+  if (!in.complete()) return std::nullopt;
+  return clear;
+}
+
+std::vector<std::byte> encode_write_drop(std::uint64_t id) {
+  ByteWriter out;
+  out.put(id);
+  return out.take();
+}
+
+std::optional<std::uint64_t> decode_write_drop(std::span<const std::byte> body) {
+  ByteReader in(body);
+  const auto id = in.get<std::uint64_t>();
+  return in.complete() ? std::optional(id) : std::nullopt;
 }
 
 std::vector<std::byte> encode_write_done(const WriteDone& done) {

@@ -26,6 +26,10 @@ enum class FrameType : std::uint16_t {
   kWriteRef = 8,  // Layer Blocks, to be pulled from the sender's memory
   kWriteDone = 9,
   kRegions = 10,  // all memory of the sender that the receiver may map (shm)
+  kRdmaSetup = 11,   // queue pairs come and go
+  kWriteAsk = 12,    // may these Layer Blocks be written, by RDMA?
+  kWriteClear = 13,  // yes, to these addresses; or send them inline
+  kWriteDrop = 14,   // what was asked will not be written
 };
 
 struct FrameHeader {
@@ -66,6 +70,51 @@ struct WriteHeader {
 std::vector<std::byte> encode_write(const WriteHeader& write);
 // Nullopt if malformed, or impossible under the geometry.
 std::optional<WriteHeader> decode_write(std::span<const std::byte> body, FrameType type, const KvGeometry& geometry);
+
+// One step of making a queue pair work, or its end (docs/formats.md, "RDMA").
+struct RdmaSetup {
+  enum class Step : std::uint8_t { kDown = 0, kOffer = 1, kAnswer = 2, kUp = 3 };
+  Step step = Step::kDown;
+  std::uint32_t pair = 0;   // index on the link: lane * connections_per_lane + n
+  std::uint32_t epoch = 0;  // counts what stood in this place; a step of another epoch is out of date
+  std::uint32_t number = 0;
+  std::uint32_t packet_sequence = 0;
+  std::uint16_t lid = 0;
+  std::uint8_t mtu = 0;
+  bool ethernet = false;
+  std::array<std::uint8_t, 16> gid{};
+};
+std::vector<std::byte> encode_rdma_setup(const RdmaSetup& setup);
+std::optional<RdmaSetup> decode_rdma_setup(std::span<const std::byte> body);
+
+struct WriteAsk {
+  std::uint32_t pair = 0;
+  std::uint32_t epoch = 0;
+  WriteHeader write;  // without extents
+};
+std::vector<std::byte> encode_write_ask(const WriteAsk& ask);
+std::optional<WriteAsk> decode_write_ask(std::span<const std::byte> body, const KvGeometry& geometry);
+
+struct RemoteExtent {
+  std::uint64_t address = 0;
+  std::uint64_t bytes = 0;
+  std::uint32_t key = 0;
+};
+
+struct WriteClear {
+  struct Entry {
+    std::uint32_t count = 0;  // 0: not wanted
+    std::array<RemoteExtent, PagedKv::kMaxPlanes> extents{};
+  };
+  std::uint64_t id = 0;
+  std::uint32_t immediate = 0;  // to be sent after the bytes
+  std::vector<Entry> entries;   // one for each block asked for, in order; none: send inline
+};
+std::vector<std::byte> encode_write_clear(const WriteClear& clear);
+std::optional<WriteClear> decode_write_clear(std::span<const std::byte> body);
+
+std::vector<std::byte> encode_write_drop(std::uint64_t id);
+std::optional<std::uint64_t> decode_write_drop(std::span<const std::byte> body);
 
 std::vector<std::byte> encode_regions(std::span<const SharedRegion> regions);
 std::optional<std::vector<SharedRegion>> decode_regions(std::span<const std::byte> body);

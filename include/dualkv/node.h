@@ -14,6 +14,7 @@
 #include "dualkv/operation.h"
 #include "dualkv/paged_kv.h"
 #include "dualkv/policy.h"
+#include "dualkv/rdma.h"
 #include "dualkv/staging.h"
 #include "dualkv/store.h"
 
@@ -24,18 +25,20 @@ class LoopbackHub;
 std::shared_ptr<LoopbackHub> make_loopback_hub();
 
 struct LaneOptions {
-  int dscp = 0;         // IP header, 0 to 63
-  int so_priority = 0;  // queueing discipline class of this host
+  int dscp = 0;           // IP header, 0 to 63; of RDMA over Ethernet too
+  int so_priority = 0;    // queueing discipline class of this host
+  int service_level = 0;  // of RDMA queue pairs, 0 to 15: picks the virtual lane on InfiniBand
 };
 
 struct NodeOptions {
   std::string name;  // unique among peers, 1 to 128 bytes
   StoreOptions store;
   StagingOptions staging;
-  std::vector<std::string> listen;         // "tcp://host:port" (0 = any), "shm:///path.sock", "loopback://name"
+  std::vector<std::string> listen;         // "tcp://host:port" (0 = any), "rdma://host:port", "shm:///path.sock", "loopback://name"
   std::string secret;                      // shared by all peers; required to listen on or connect to another host
-  std::uint32_t connections_per_lane = 2;  // tcp
-  LaneOptions lanes[kLaneCount] = {{8, 1}, {46, 6}};           // LOW: CS1; HIGH: EF
+  std::uint32_t connections_per_lane = 2;  // tcp; rdma: and queue pairs
+  RdmaOptions rdma;
+  LaneOptions lanes[kLaneCount] = {{8, 1, 2}, {46, 6, 0}};     // LOW: CS1; HIGH: EF
   std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;    // most bytes one write frame carries
   std::uint64_t write_window_bytes = std::uint64_t{16} << 20;  // unacknowledged bytes per link and lane
   double heartbeat_s = 0.1;                                    // a view is sent at least this often
@@ -224,6 +227,7 @@ struct LinkStats {
   std::uint64_t bytes_received = 0;
   std::uint64_t writes_rejected = 0;  // outside a grant
   std::uint64_t writes_corrupt = 0;
+  RdmaStats rdma;  // of rdma links
 };
 
 struct NodeStats {

@@ -38,6 +38,8 @@ class PagedKv {
   std::uint32_t layers() const { return static_cast<std::uint32_t>(layers_.size()); }
   // Extents of one Layer Block, in order. Returns how many were written; out must hold kMaxPlanes.
   std::size_t extents(std::uint32_t layer, std::uint32_t block_id, std::span<Extent> out) const;
+  // All of its memory, as few runs as possible, in the order of their addresses.
+  std::vector<Extent> memory() const;
 
  private:
   std::vector<std::vector<Plane>> layers_;

@@ -8,6 +8,17 @@
 
 namespace dualkv::testing {
 
+// Names of this machine's RDMA devices, in order.
+inline std::vector<std::string> rdma_devices() {
+  std::vector<std::string> names;
+  std::error_code missing;
+  for (const auto& entry : std::filesystem::directory_iterator("/sys/class/infiniband", missing)) {
+    names.push_back(entry.path().filename());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
 // A prefill and a decode node (and helpers) over one root, and a source cache whose blocks are stored.
 class NodeTestBase {
  protected:
@@ -27,6 +38,11 @@ class NodeTestBase {
     options.stall_s = 0.3;
     if (scheme_ == "tcp") options.listen = {"tcp://127.0.0.1:0"};
     if (scheme_ == "shm") options.listen = {"shm://" + root_.path() + "/" + name + ".sock"};
+    if (scheme_ == "rdma") {
+      options.listen = {"rdma://127.0.0.1:0"};
+      const auto devices = rdma_devices();
+      if (!devices.empty()) options.rdma.devices = {name == "pe" ? devices.front() : devices.back()};
+    }
     if (scheme_ == "loopback") options.listen = {"loopback://" + name};
     return options;
   }

@@ -7,6 +7,9 @@ namespace {
 class NodeTest : public NodeTestBase, public ::testing::TestWithParam<const char*> {
  protected:
   NodeTest() : NodeTestBase(GetParam(), small_geometry()) {}
+  void SetUp() override {
+    if (scheme_ == "rdma" && rdma_devices().empty()) GTEST_SKIP() << "no RDMA device; make rdma has some";
+  }
 };
 
 TEST_P(NodeTest, PrefillPath) {
@@ -381,7 +384,7 @@ TEST_P(NodeTest, CloseWithLoadsInProgress) {
   EXPECT_EQ(code_of([&] { pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10}); }), Code::kPeerLost);
 }
 
-INSTANTIATE_TEST_SUITE_P(Transports, NodeTest, ::testing::Values("loopback", "tcp", "shm"),
+INSTANTIATE_TEST_SUITE_P(Transports, NodeTest, ::testing::Values("loopback", "tcp", "shm", "rdma"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace

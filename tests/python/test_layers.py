@@ -14,7 +14,8 @@ CPP = {
     "shim": {"shim"},
     "memory": {"base", "memory", "shim"},
     "storage": {"base", "memory", "shim", "storage"},
-    "transport": {"base", "memory", "shim", "transport"},
+    "rdma": {"base", "memory", "rdma", "shim"},
+    "transport": {"base", "memory", "rdma", "shim", "transport"},
     "policy": {"base", "policy"},
     "sim": {"base", "sim"},  # policies as everybody sees them: through include
     "node": {"base", "memory", "node", "policy", "storage", "transport"},
@@ -23,6 +24,7 @@ CPP = {
 # Vendor headers and the one file that may include each.
 VENDOR = {
     "liburing.h": "cpp/shim/uring.h",
+    "infiniband/verbs.h": "cpp/shim/verbs.h",
     "monocypher/monocypher.h": "cpp/base/hash.cpp",
     "xxhash/xxhash.h": "cpp/base/checksum_kernel.h",
 }

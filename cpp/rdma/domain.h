@@ -1,0 +1,35 @@
+// RdmaDomain: a node's open ports and the memory registered with them.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "memory/known_memory.h"
+#include "rdma/rail.h"
+#include "rdma/registrations.h"
+
+namespace dualkv {
+
+// Must outlive the queue pairs on its rails. Progress thread only.
+class RdmaDomain {
+ public:
+  // `note` counts fallbacks. Throws Error as Rail::open_all does.
+  RdmaDomain(const RdmaOptions& options, int numa_node, Progress& progress, const KnownMemory& known,
+             const std::function<void(const std::string&)>& note)
+      : options_(options),
+        rails_(Rail::open_all(options, numa_node, progress, [note](const std::string&) { note("rdma_device_fault"); })),
+        registrations_(progress, known, rails_, options_, note) {}
+
+  const RdmaOptions& options() const { return options_; }
+  const std::vector<std::unique_ptr<Rail>>& rails() const { return rails_; }
+  Registrations& registrations() { return registrations_; }
+
+ private:
+  const RdmaOptions options_;
+  const std::vector<std::unique_ptr<Rail>> rails_;
+  Registrations registrations_;
+};
+
+}  // namespace dualkv

@@ -1,0 +1,237 @@
+// Creating, connecting, posting and polling.
+#include "rdma/queue_pair.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "base/hash.h"
+#include "base/text.h"
+#include "dualkv/status.h"
+
+namespace dualkv {
+
+namespace {
+
+constexpr int kPollBatch = 32;
+constexpr int kPollRounds = 16;  // then others get their turn
+constexpr std::uint32_t kInlineBytes = 128;
+constexpr std::uint32_t kSequenceMask = 0xffffff;
+constexpr std::uint64_t kReceive = ~std::uint64_t{0};  // wr_id; sends have the number of requests they retire
+
+[[noreturn]] void fail_with(const std::string& what, int error) {
+  throw Error(Code::kIo, "rdma: " + what, error);
+}
+
+ibv_mtu mtu_of(std::uint32_t bytes, ibv_mtu port) {
+  if (bytes == 0) return port;
+  ibv_mtu mtu = IBV_MTU_256;
+  for (std::uint32_t size = 256; size * 2 <= bytes && mtu < IBV_MTU_4096; size *= 2) {
+    mtu = static_cast<ibv_mtu>(mtu + 1);
+  }
+  return std::min(mtu, port);
+}
+
+}  // namespace
+
+std::shared_ptr<QueuePair> QueuePair::create(Rail& rail, const RdmaOptions& options, Events& events) {
+  std::shared_ptr<QueuePair> pair(new QueuePair(rail, options, events));
+  pair->create_pair(options);
+  return pair;
+}
+
+QueuePair::QueuePair(Rail& rail, const RdmaOptions& options, Events& events)
+    : rail_(rail), events_(events), depth_(options.send_depth), receives_(options.receive_depth) {
+  for (std::size_t i = 0; i < receives_.size(); ++i) receives_[i].wr_id = kReceive;
+  requests_.resize(depth_);
+}
+
+void QueuePair::create_pair(const RdmaOptions& options) {
+  Verbs& verbs = rail_.verbs();
+  const int entries = static_cast<int>(options.send_depth + options.receive_depth + 1);
+  completions_ = verbs.create_cq(rail_.context(), entries, this, rail_.channel(), 0);
+  if (completions_ == nullptr) fail_with(text("no completion queue of ", entries, " entries on ", rail_.name()), errno);
+  ibv_qp_init_attr init{};
+  init.send_cq = init.recv_cq = completions_;
+  init.qp_type = IBV_QPT_RC;
+  init.cap.max_send_wr = options.send_depth;
+  init.cap.max_recv_wr = options.receive_depth;
+  init.cap.max_send_sge = RdmaWrite::kMaxPieces;
+  init.cap.max_recv_sge = 1;
+  init.cap.max_inline_data = kInlineBytes;
+  pair_ = verbs.create_qp(rail_.domain(), &init);
+  if (pair_ == nullptr) {
+    init.cap.max_inline_data = 0;
+    pair_ = verbs.create_qp(rail_.domain(), &init);
+  }
+  if (pair_ == nullptr) {
+    fail_with(text("no queue pair with ", options.send_depth, " send and ", options.receive_depth,
+                   " receive requests on ", rail_.name(), "; raise the memlock limit or lower the depths"),
+              errno);
+  }
+  max_inline_ = init.cap.max_inline_data;
+  ibv_qp_attr attributes{};
+  attributes.qp_state = IBV_QPS_INIT;
+  attributes.port_num = rail_.port();
+  attributes.qp_access_flags = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+  const int error = verbs.modify_qp(pair_, &attributes,
+                                    IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
+  if (error != 0) fail_with("queue pair to INIT", error);
+  receive(options.receive_depth);
+  verbs.req_notify_cq(completions_, 0);
+  address_.number = pair_->qp_num;
+  address_.packet_sequence = static_cast<std::uint32_t>(random_u64()) & kSequenceMask;
+  address_.lid = rail_.attributes().lid;
+  address_.mtu = static_cast<std::uint8_t>(mtu_of(options.mtu, rail_.attributes().active_mtu));
+  address_.ethernet = rail_.ethernet();
+  std::copy(std::begin(rail_.gid().raw), std::end(rail_.gid().raw), address_.gid.begin());
+}
+
+void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, const RdmaOptions& options) {
+  if (remote.ethernet != address_.ethernet) {
+    fail_with("one side's port is InfiniBand, the other's Ethernet; list rails in the same order on both", 0);
+  }
+  Verbs& verbs = rail_.verbs();
+  ibv_qp_attr ready{};
+  ready.qp_state = IBV_QPS_RTR;
+  ready.path_mtu = static_cast<ibv_mtu>(std::clamp<int>(std::min(remote.mtu, address_.mtu), IBV_MTU_256, IBV_MTU_4096));
+  ready.dest_qp_num = remote.number;
+  ready.rq_psn = remote.packet_sequence & kSequenceMask;
+  ready.max_dest_rd_atomic = 1;
+  ready.min_rnr_timer = 12;  // 0.64 ms
+  ready.ah_attr.port_num = rail_.port();
+  ready.ah_attr.sl = mark.service_level;
+  ready.ah_attr.dlid = remote.lid;
+  // A global header carries the traffic class; InfiniBand needs it between subnets only.
+  ready.ah_attr.is_global = address_.ethernet || !std::equal(remote.gid.begin(), remote.gid.begin() + 8,
+                                                             address_.gid.begin());
+  std::copy(remote.gid.begin(), remote.gid.end(), std::begin(ready.ah_attr.grh.dgid.raw));
+  ready.ah_attr.grh.sgid_index = rail_.gid_index();
+  ready.ah_attr.grh.hop_limit = 64;
+  ready.ah_attr.grh.traffic_class = mark.traffic_class;
+  int error = verbs.modify_qp(pair_, &ready,
+                              IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
+                                  IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
+  if (error != 0) fail_with(text("queue pair of ", rail_.name(), " can't reach its peer"), error);
+  ibv_qp_attr send{};
+  send.qp_state = IBV_QPS_RTS;
+  send.timeout = static_cast<std::uint8_t>(options.timeout);
+  send.retry_cnt = static_cast<std::uint8_t>(options.retries);
+  send.rnr_retry = static_cast<std::uint8_t>(options.rnr_retries);
+  send.sq_psn = address_.packet_sequence;
+  send.max_rd_atomic = 1;
+  error = verbs.modify_qp(pair_, &send,
+                          IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
+                              IBV_QP_MAX_QP_RD_ATOMIC);
+  if (error != 0) fail_with("queue pair to RTS", error);
+  connected_ = true;
+}
+
+void QueuePair::receive(std::uint32_t count) {
+  for (std::uint32_t i = 0; i < count; ++i) receives_[i].next = i + 1 < count ? &receives_[i + 1] : nullptr;
+  ibv_recv_wr* bad = nullptr;
+  if (count > 0 && rail_.verbs().post_recv(pair_, receives_.data(), &bad) != 0) fail("posting receives failed");
+}
+
+std::size_t QueuePair::post(std::span<const RdmaWrite> writes) {
+  const std::size_t count = std::min<std::size_t>(room(), writes.size());
+  if (count == 0 || failed_) return 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const RdmaWrite& write = writes[i];
+    ibv_send_wr& request = requests_[i];
+    request = {};
+    request.next = i + 1 < count ? &requests_[i + 1] : nullptr;
+    request.sg_list = const_cast<ibv_sge*>(write.pieces.data());
+    request.num_sge = static_cast<int>(write.count);
+    request.opcode = write.immediate ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+    request.imm_data = htobe32(write.data);
+    request.wr.rdma.remote_addr = write.remote;
+    request.wr.rdma.rkey = write.remote_key;
+    std::uint64_t bytes = 0;
+    for (std::uint32_t piece = 0; piece < write.count; ++piece) bytes += write.pieces[piece].length;
+    if (bytes > 0 && bytes <= max_inline_) request.send_flags |= IBV_SEND_INLINE;
+  }
+  ibv_send_wr& last = requests_[count - 1];
+  last.send_flags |= IBV_SEND_SIGNALED;
+  last.wr_id = count;
+  ibv_send_wr* bad = nullptr;
+  const int error = rail_.verbs().post_send(pair_, requests_.data(), &bad);
+  used_ += static_cast<std::uint32_t>(count);
+  ++doorbells_;
+  work_requests_ += count;
+  if (error == 0) return count;
+  // Some may be on their way: the queue pair is of no more use. Told later, not in the middle of the caller's work.
+  failed_ = true;
+  rail_.progress().post([weak = weak_from_this(), why = text("posting writes failed: ", std::strerror(error))] {
+    const auto self = weak.lock();
+    if (self && self->pair_ != nullptr) self->events_.on_failed(*self, why);
+  });
+  return count;
+}
+
+LaneMark QueuePair::query() const {
+  ibv_qp_attr attributes{};
+  ibv_qp_init_attr init{};
+  if (pair_ == nullptr || rail_.verbs().query_qp(pair_, &attributes, IBV_QP_AV, &init) != 0) return {};
+  return {attributes.ah_attr.sl, attributes.ah_attr.grh.traffic_class};
+}
+
+void QueuePair::close() {
+  connected_ = false;
+  if (pair_ != nullptr) rail_.verbs().destroy_qp(pair_);
+  if (completions_ != nullptr) rail_.verbs().destroy_cq(completions_);
+  pair_ = nullptr;
+  completions_ = nullptr;
+}
+
+void QueuePair::fail(const std::string& why) {
+  if (std::exchange(failed_, true)) return;
+  events_.on_failed(*this, why);
+}
+
+void QueuePair::on_completions() {
+  const auto keep = shared_from_this();
+  if (completions_ == nullptr) return;
+  // Asked for before polling: what comes after the last look makes another event.
+  rail_.verbs().req_notify_cq(completions_, 0);
+  for (int round = 0; round < kPollRounds; ++round) {
+    if (!drain()) return;
+  }
+  rail_.progress().post([weak = weak_from_this()] {
+    if (const auto self = weak.lock()) self->on_completions();
+  });
+}
+
+bool QueuePair::drain() {
+  std::array<ibv_wc, kPollBatch> done;
+  const int count = rail_.verbs().poll_cq(completions_, kPollBatch, done.data());
+  if (count < 0) {
+    fail("polling completions failed");
+    return false;
+  }
+  std::uint32_t received = 0;
+  bool room = false;
+  for (int i = 0; i < count; ++i) {
+    const ibv_wc& each = done[static_cast<std::size_t>(i)];
+    if (each.status != IBV_WC_SUCCESS) {
+      fail(text(each.wr_id == kReceive ? "receive: " : "write: ", rail_.verbs().wc_status_str(each.status)));
+      return false;
+    }
+    if (each.wr_id == kReceive) {
+      ++received;
+    } else {
+      used_ -= static_cast<std::uint32_t>(each.wr_id);
+      room = true;
+    }
+  }
+  // Before they are handled: whoever hears that a write is done may send the next one.
+  receive(received);
+  for (int i = 0; i < count && pair_ != nullptr; ++i) {
+    const ibv_wc& each = done[static_cast<std::size_t>(i)];
+    if (each.wr_id == kReceive) events_.on_immediate(*this, be32toh(each.imm_data));
+  }
+  if (room && pair_ != nullptr) events_.on_room(*this);
+  return count == kPollBatch && pair_ != nullptr;
+}
+
+}  // namespace dualkv

@@ -1,0 +1,175 @@
+// Registering on demand, off the progress thread where it takes long.
+#include "rdma/registrations.h"
+
+#include <cerrno>
+
+#include "base/text.h"
+#include "dualkv/status.h"
+
+namespace dualkv {
+
+namespace {
+// Registered in place: some ten milliseconds at most.
+constexpr std::uint64_t kAtOnceBytes = std::uint64_t{64} << 20;
+constexpr auto kSweepPause = std::chrono::seconds(1);
+}  // namespace
+
+Registration::Registration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
+                           const RdmaOptions& options)
+    : rails_(rails) {
+  for (const auto& rail : rails) {
+    Verbs& verbs = rail->verbs();
+    int access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+    if (options.on_demand_paging) access |= IBV_ACCESS_ON_DEMAND;
+    ibv_mr* region = nullptr;
+    // Drivers that know no relaxed ordering ignore it: it is one of the optional flags.
+    if (options.relaxed_ordering && verbs.reg_mr_iova2 != nullptr) {
+      region = verbs.reg_mr_iova2(rail->domain(), memory.data(), memory.size(),
+                                  reinterpret_cast<std::uint64_t>(memory.data()),
+                                  static_cast<unsigned>(access) | IBV_ACCESS_RELAXED_ORDERING);
+    } else {
+      region = verbs.reg_mr(rail->domain(), memory.data(), memory.size(), access);
+    }
+    if (region == nullptr) {
+      const int error = errno;
+      for (std::size_t i = 0; i < regions_.size(); ++i) rails[i]->verbs().dereg_mr(regions_[i]);
+      throw Error(Code::kNoSpace, text("rdma: cannot register ", memory.size(), " bytes with ", rail->name()), error);
+    }
+    regions_.push_back(region);
+  }
+}
+
+Registration::~Registration() {
+  for (std::size_t i = 0; i < regions_.size(); ++i) rails_[i]->verbs().dereg_mr(regions_[i]);
+}
+
+Registrations::Registrations(Progress& progress, const KnownMemory& known,
+                             std::span<const std::unique_ptr<Rail>> rails, const RdmaOptions& options,
+                             std::function<void(const std::string&)> note)
+    : progress_(progress), known_(known), rails_(rails), options_(options), note_(std::move(note)) {
+  tick();
+}
+
+Registrations::~Registrations() {
+  progress_.cancel(timer_);
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  if (worker_.joinable()) worker_.join();
+}
+
+std::shared_ptr<const Registration> Registrations::find(const std::byte* data, std::uint64_t bytes) {
+  const KnownMemory::Range* range = known_.find(data, bytes);
+  if (range == nullptr) return nullptr;
+  Entry& entry = entries_[range->id];
+  entry.used = ++uses_;
+  if (entry.registration || entry.state != State::kNone) return entry.registration;
+  return begin(*range);
+}
+
+void Registrations::sweep() {
+  std::erase_if(entries_, [&](const auto& item) {
+    if (item.second.state == State::kInWork || known_.knows(item.first)) return false;
+    if (item.second.registration) registered_ -= item.second.bytes;
+    return true;
+  });
+}
+
+bool Registrations::make_room(std::uint64_t bytes) {
+  if (options_.registered_bytes == 0) return true;
+  if (bytes > options_.registered_bytes) return false;
+  while (registered_ + bytes > options_.registered_bytes) {
+    auto oldest = entries_.end();
+    for (auto item = entries_.begin(); item != entries_.end(); ++item) {
+      // Held by nobody else: no write is under way to or from it.
+      if (!item->second.registration || item->second.registration.use_count() > 1) continue;
+      if (oldest == entries_.end() || item->second.used < oldest->second.used) oldest = item;
+    }
+    if (oldest == entries_.end()) return false;
+    registered_ -= oldest->second.bytes;
+    oldest->second.registration.reset();
+  }
+  return true;
+}
+
+std::shared_ptr<const Registration> Registrations::begin(const KnownMemory::Range& range) {
+  sweep();
+  if (!make_room(range.memory.size())) {
+    note_("rdma_registration_budget");
+    return nullptr;
+  }
+  Entry& entry = entries_[range.id];
+  entry.bytes = range.memory.size();
+  entry.state = State::kInWork;
+  registered_ += entry.bytes;
+  if (entry.bytes <= kAtOnceBytes) return settle(range.id, register_now(range.memory));
+  const std::lock_guard lock(mutex_);
+  jobs_.push_back({range.id, range.memory, range.owner()});
+  if (!worker_.joinable()) worker_ = std::thread([this] { work(); });
+  wake_.notify_all();
+  return nullptr;
+}
+
+std::shared_ptr<const Registration> Registrations::register_now(std::span<std::byte> memory) {
+  try {
+    return std::make_shared<Registration>(rails_, memory, options_);
+  } catch (const Error&) {
+    return nullptr;
+  }
+}
+
+std::shared_ptr<const Registration> Registrations::settle(std::uint64_t id, std::shared_ptr<const Registration> made) {
+  Entry& entry = entries_[id];
+  entry.state = State::kNone;
+  entry.registration = std::move(made);
+  if (!entry.registration) {
+    entry.state = State::kRefused;  // not asked for again as long as the range lives
+    registered_ -= entry.bytes;
+    note_("rdma_not_registered");
+  }
+  return entry.registration;
+}
+
+void Registrations::work() {
+  for (;;) {
+    Job job;
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
+      if (stopping_) return;
+      job = std::move(jobs_.front());
+      jobs_.pop_front();
+    }
+    std::shared_ptr<const Registration> made = register_now(job.memory);
+    job.owner.reset();
+    {
+      // Kept here, not in the task: a task may outlive the rails.
+      const std::lock_guard lock(mutex_);
+      made_.emplace_back(job.id, std::move(made));
+    }
+    progress_.post([this, alive = std::weak_ptr<bool>(alive_)] {
+      if (!alive.expired()) collect();
+    });
+  }
+}
+
+void Registrations::collect() {
+  std::vector<std::pair<std::uint64_t, std::shared_ptr<const Registration>>> made;
+  {
+    const std::lock_guard lock(mutex_);
+    made.swap(made_);
+  }
+  for (auto& [id, registration] : made) settle(id, std::move(registration));
+}
+
+// Pinned pages stay with the process, also after they were freed: what has ended is let go of soon.
+void Registrations::tick() {
+  timer_ = progress_.at(Clock::now() + kSweepPause, [this] {
+    sweep();
+    tick();
+  });
+}
+
+}  // namespace dualkv

@@ -1,0 +1,91 @@
+// Registrations: the memory that this node's NICs may read and write.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "memory/known_memory.h"
+#include "rdma/rail.h"
+
+namespace dualkv {
+
+// One range, registered with every rail. Immutable; ends when its last holder lets go of it.
+class Registration {
+ public:
+  // Throws Error. Blocking: pins all of the memory. Any thread.
+  Registration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory, const RdmaOptions& options);
+  ~Registration();
+  Registration(const Registration&) = delete;
+  Registration& operator=(const Registration&) = delete;
+
+  std::uint32_t local_key(std::size_t rail) const { return regions_[rail]->lkey; }
+  std::uint32_t remote_key(std::size_t rail) const { return regions_[rail]->rkey; }
+
+ private:
+  std::span<const std::unique_ptr<Rail>> rails_;
+  std::vector<ibv_mr*> regions_;
+};
+
+// Registers ranges of KnownMemory when they are first asked for: small ones at once, large ones in a thread of its own,
+// as pinning takes seconds for a whole cache. A registration goes with its range, or to make room under the budget.
+// Progress thread only.
+class Registrations {
+ public:
+  // `note` counts a fallback. All must outlive it.
+  Registrations(Progress& progress, const KnownMemory& known, std::span<const std::unique_ptr<Rail>> rails,
+                const RdmaOptions& options, std::function<void(const std::string&)> note);
+  ~Registrations();
+
+  // Null if the bytes are in no known range, or that is not registered (yet).
+  std::shared_ptr<const Registration> find(const std::byte* data, std::uint64_t bytes);
+
+ private:
+  enum class State : std::uint8_t { kNone, kInWork, kRefused };
+  struct Entry {
+    std::shared_ptr<const Registration> registration;
+    std::uint64_t used = 0;
+    std::uint64_t bytes = 0;
+    State state = State::kNone;
+  };
+  struct Job {
+    std::uint64_t id;
+    std::span<std::byte> memory;
+    std::shared_ptr<const void> owner;
+  };
+  bool make_room(std::uint64_t bytes);
+  std::shared_ptr<const Registration> begin(const KnownMemory::Range& range);
+  std::shared_ptr<const Registration> settle(std::uint64_t id, std::shared_ptr<const Registration> made);
+  std::shared_ptr<const Registration> register_now(std::span<std::byte> memory);
+  void work();
+  void collect();
+  void sweep();
+  void tick();
+
+  Progress& progress_;
+  const KnownMemory& known_;
+  const std::span<const std::unique_ptr<Rail>> rails_;
+  const RdmaOptions options_;
+  const std::function<void(const std::string&)> note_;
+  std::unordered_map<std::uint64_t, Entry> entries_;
+  std::uint64_t uses_ = 0;
+  std::uint64_t registered_ = 0;
+  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+  Progress::TimerId timer_ = 0;
+  std::thread worker_;
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable wake_;
+  std::deque<Job> jobs_;
+  std::vector<std::pair<std::uint64_t, std::shared_ptr<const Registration>>> made_;
+  bool stopping_ = false;
+};
+
+}  // namespace dualkv
