@@ -159,15 +159,15 @@ void NodeState::close() {
 }
 
 Transport& NodeState::transport(Scheme scheme) {
-  auto& transport = transports_[scheme];
-  if (transport) return *transport;
+  if (const auto found = transports_.find(scheme); found != transports_.end()) return *found->second;
+  std::unique_ptr<Transport> transport;
   if (scheme == Scheme::kLoopback) {
     if (!options_.loopback) throw Error(Code::kInvalidArgument, "node: loopback:// needs options.loopback");
     transport = make_loopback_transport(options_.loopback, progress_, grants_, *this, transport_options_);
   } else {
     transport = make_socket_transport(scheme, *progress_, grants_, *this, transport_options_);
   }
-  return *transport;
+  return *transports_.emplace(scheme, std::move(transport)).first->second;
 }
 
 std::uint32_t NodeState::share(std::span<const std::byte> memory, int fd) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "base/worker.h"
 #include "memory/known_memory.h"
 #include "rdma/rail.h"
 #include "rdma/registrations.h"
@@ -20,15 +21,17 @@ class RdmaDomain {
              const std::function<void(const std::string&)>& note)
       : options_(options),
         rails_(Rail::open_all(options, numa_node, progress, [note](const std::string&) { note("rdma_device_fault"); })),
-        registrations_(progress, known, rails_, options_, note) {}
+        registrations_(progress, worker_, known, rails_, options_, note) {}
 
   const RdmaOptions& options() const { return options_; }
   const std::vector<std::unique_ptr<Rail>>& rails() const { return rails_; }
   Registrations& registrations() { return registrations_; }
+  Worker& worker() { return worker_; }
 
  private:
   const RdmaOptions options_;
   const std::vector<std::unique_ptr<Rail>> rails_;
+  Worker worker_;  // ends after the registrations and before the rails
   Registrations registrations_;
 };
 

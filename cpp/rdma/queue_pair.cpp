@@ -48,23 +48,25 @@ QueuePair::QueuePair(Rail& rail, const RdmaOptions& options, Events& events)
 
 void QueuePair::create_pair(const RdmaOptions& options) {
   Verbs& verbs = rail_.verbs();
+  handles_ = std::make_shared<Handles>(verbs);
+  handles_->owner = weak_from_this();
   const int entries = static_cast<int>(options.send_depth + options.receive_depth + 1);
-  completions_ = verbs.create_cq(rail_.context(), entries, this, rail_.channel(), 0);
-  if (completions_ == nullptr) fail_with(text("no completion queue of ", entries, " entries on ", rail_.name()), errno);
+  handles_->completions = verbs.create_cq(rail_.context(), entries, handles_.get(), rail_.channel(), 0);
+  if (handles_->completions == nullptr) fail_with(text("no completion queue of ", entries, " entries on ", rail_.name()), errno);
   ibv_qp_init_attr init{};
-  init.send_cq = init.recv_cq = completions_;
+  init.send_cq = init.recv_cq = handles_->completions;
   init.qp_type = IBV_QPT_RC;
   init.cap.max_send_wr = options.send_depth;
   init.cap.max_recv_wr = options.receive_depth;
   init.cap.max_send_sge = RdmaWrite::kMaxPieces;
   init.cap.max_recv_sge = 1;
   init.cap.max_inline_data = kInlineBytes;
-  pair_ = verbs.create_qp(rail_.domain(), &init);
-  if (pair_ == nullptr) {
+  handles_->pair = verbs.create_qp(rail_.domain(), &init);
+  if (handles_->pair == nullptr) {
     init.cap.max_inline_data = 0;
-    pair_ = verbs.create_qp(rail_.domain(), &init);
+    handles_->pair = verbs.create_qp(rail_.domain(), &init);
   }
-  if (pair_ == nullptr) {
+  if (handles_->pair == nullptr) {
     fail_with(text("no queue pair with ", options.send_depth, " send and ", options.receive_depth,
                    " receive requests on ", rail_.name(), "; raise the memlock limit or lower the depths"),
               errno);
@@ -74,12 +76,12 @@ void QueuePair::create_pair(const RdmaOptions& options) {
   attributes.qp_state = IBV_QPS_INIT;
   attributes.port_num = rail_.port();
   attributes.qp_access_flags = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
-  const int error = verbs.modify_qp(pair_, &attributes,
+  const int error = verbs.modify_qp(handles_->pair, &attributes,
                                     IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
   if (error != 0) fail_with("queue pair to INIT", error);
   receive(options.receive_depth);
-  verbs.req_notify_cq(completions_, 0);
-  address_.number = pair_->qp_num;
+  verbs.req_notify_cq(handles_->completions, 0);
+  address_.number = handles_->pair->qp_num;
   address_.packet_sequence = static_cast<std::uint32_t>(random_u64()) & kSequenceMask;
   address_.lid = rail_.attributes().lid;
   address_.mtu = static_cast<std::uint8_t>(mtu_of(options.mtu, rail_.attributes().active_mtu));
@@ -87,11 +89,8 @@ void QueuePair::create_pair(const RdmaOptions& options) {
   std::copy(std::begin(rail_.gid().raw), std::end(rail_.gid().raw), address_.gid.begin());
 }
 
-void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, const RdmaOptions& options) {
-  if (remote.ethernet != address_.ethernet) {
-    fail_with("one side's port is InfiniBand, the other's Ethernet; list rails in the same order on both", 0);
-  }
-  Verbs& verbs = rail_.verbs();
+void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, const RdmaOptions& options,
+                        Worker& worker, std::function<void(const Status&)> done) {
   ibv_qp_attr ready{};
   ready.qp_state = IBV_QPS_RTR;
   ready.path_mtu = static_cast<ibv_mtu>(std::clamp<int>(std::min(remote.mtu, address_.mtu), IBV_MTU_256, IBV_MTU_4096));
@@ -103,16 +102,12 @@ void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, co
   ready.ah_attr.sl = mark.service_level;
   ready.ah_attr.dlid = remote.lid;
   // A global header carries the traffic class; InfiniBand needs it between subnets only.
-  ready.ah_attr.is_global = address_.ethernet || !std::equal(remote.gid.begin(), remote.gid.begin() + 8,
-                                                             address_.gid.begin());
+  ready.ah_attr.is_global =
+      address_.ethernet || !std::equal(remote.gid.begin(), remote.gid.begin() + 8, address_.gid.begin());
   std::copy(remote.gid.begin(), remote.gid.end(), std::begin(ready.ah_attr.grh.dgid.raw));
   ready.ah_attr.grh.sgid_index = rail_.gid_index();
   ready.ah_attr.grh.hop_limit = 64;
   ready.ah_attr.grh.traffic_class = mark.traffic_class;
-  int error = verbs.modify_qp(pair_, &ready,
-                              IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-                                  IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
-  if (error != 0) fail_with(text("queue pair of ", rail_.name(), " can't reach its peer"), error);
   ibv_qp_attr send{};
   send.qp_state = IBV_QPS_RTS;
   send.timeout = static_cast<std::uint8_t>(options.timeout);
@@ -120,17 +115,37 @@ void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, co
   send.rnr_retry = static_cast<std::uint8_t>(options.rnr_retries);
   send.sq_psn = address_.packet_sequence;
   send.max_rd_atomic = 1;
-  error = verbs.modify_qp(pair_, &send,
-                          IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
-                              IBV_QP_MAX_QP_RD_ATOMIC);
-  if (error != 0) fail_with("queue pair to RTS", error);
-  connected_ = true;
+  worker.post([handles = handles_, ready, send, done = std::move(done), name = rail_.name(),
+               same_kind = remote.ethernet == address_.ethernet, weak = weak_from_this(),
+               &progress = rail_.progress()]() mutable {
+    Status status;
+    if (!same_kind) {
+      status = {Code::kIo, 0, "one side's port is InfiniBand, the other's Ethernet; list rails in one order"};
+    } else if (const int error = handles->verbs.modify_qp(
+                   handles->pair, &ready,
+                   IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
+                       IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER)) {
+      status = {Code::kIo, error, text(name, " can't reach its peer: ", std::strerror(error))};
+    } else if (const int error_sending = handles->verbs.modify_qp(
+                   handles->pair, &send,
+                   IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
+                       IBV_QP_MAX_QP_RD_ATOMIC)) {
+      status = {Code::kIo, error_sending, text(name, ": queue pair to RTS: ", std::strerror(error_sending))};
+    }
+    handles.reset();
+    progress.post([weak = std::move(weak), status = std::move(status), done = std::move(done)] {
+      const auto self = weak.lock();
+      if (!self || !self->handles_) return;
+      self->connected_ = status.ok();
+      done(status);
+    });
+  });
 }
 
 void QueuePair::receive(std::uint32_t count) {
   for (std::uint32_t i = 0; i < count; ++i) receives_[i].next = i + 1 < count ? &receives_[i + 1] : nullptr;
   ibv_recv_wr* bad = nullptr;
-  if (count > 0 && rail_.verbs().post_recv(pair_, receives_.data(), &bad) != 0) fail("posting receives failed");
+  if (count > 0 && rail_.verbs().post_recv(handles_->pair, receives_.data(), &bad) != 0) fail("posting receives failed");
 }
 
 std::size_t QueuePair::post(std::span<const RdmaWrite> writes) {
@@ -155,7 +170,7 @@ std::size_t QueuePair::post(std::span<const RdmaWrite> writes) {
   last.send_flags |= IBV_SEND_SIGNALED;
   last.wr_id = count;
   ibv_send_wr* bad = nullptr;
-  const int error = rail_.verbs().post_send(pair_, requests_.data(), &bad);
+  const int error = rail_.verbs().post_send(handles_->pair, requests_.data(), &bad);
   used_ += static_cast<std::uint32_t>(count);
   ++doorbells_;
   work_requests_ += count;
@@ -164,7 +179,7 @@ std::size_t QueuePair::post(std::span<const RdmaWrite> writes) {
   failed_ = true;
   rail_.progress().post([weak = weak_from_this(), why = text("posting writes failed: ", std::strerror(error))] {
     const auto self = weak.lock();
-    if (self && self->pair_ != nullptr) self->events_.on_failed(*self, why);
+    if (self && self->handles_) self->events_.on_failed(*self, why);
   });
   return count;
 }
@@ -172,16 +187,26 @@ std::size_t QueuePair::post(std::span<const RdmaWrite> writes) {
 LaneMark QueuePair::query() const {
   ibv_qp_attr attributes{};
   ibv_qp_init_attr init{};
-  if (pair_ == nullptr || rail_.verbs().query_qp(pair_, &attributes, IBV_QP_AV, &init) != 0) return {};
+  if (!handles_ || rail_.verbs().query_qp(handles_->pair, &attributes, IBV_QP_AV, &init) != 0) return {};
   return {attributes.ah_attr.sl, attributes.ah_attr.grh.traffic_class};
 }
 
 void QueuePair::close() {
   connected_ = false;
-  if (pair_ != nullptr) rail_.verbs().destroy_qp(pair_);
-  if (completions_ != nullptr) rail_.verbs().destroy_cq(completions_);
-  pair_ = nullptr;
-  completions_ = nullptr;
+  handles_.reset();
+}
+
+QueuePair::Handles::~Handles() {
+  if (pair != nullptr) verbs.destroy_qp(pair);
+  // Waits until its events have been acknowledged: whoever has one may still use this.
+  if (completions != nullptr) verbs.destroy_cq(completions);
+}
+
+void QueuePair::on_event(ibv_cq* completions, void* context) {
+  const auto& handles = *static_cast<Handles*>(context);
+  const auto owner = handles.owner.lock();
+  handles.verbs.ack_cq_events(completions, 1);
+  if (owner) owner->on_completions();
 }
 
 void QueuePair::fail(const std::string& why) {
@@ -191,9 +216,9 @@ void QueuePair::fail(const std::string& why) {
 
 void QueuePair::on_completions() {
   const auto keep = shared_from_this();
-  if (completions_ == nullptr) return;
+  if (!handles_) return;
   // Asked for before polling: what comes after the last look makes another event.
-  rail_.verbs().req_notify_cq(completions_, 0);
+  rail_.verbs().req_notify_cq(handles_->completions, 0);
   for (int round = 0; round < kPollRounds; ++round) {
     if (!drain()) return;
   }
@@ -204,7 +229,7 @@ void QueuePair::on_completions() {
 
 bool QueuePair::drain() {
   std::array<ibv_wc, kPollBatch> done;
-  const int count = rail_.verbs().poll_cq(completions_, kPollBatch, done.data());
+  const int count = rail_.verbs().poll_cq(handles_->completions, kPollBatch, done.data());
   if (count < 0) {
     fail("polling completions failed");
     return false;
@@ -226,12 +251,12 @@ bool QueuePair::drain() {
   }
   // Before they are handled: whoever hears that a write is done may send the next one.
   receive(received);
-  for (int i = 0; i < count && pair_ != nullptr; ++i) {
+  for (int i = 0; i < count && handles_; ++i) {
     const ibv_wc& each = done[static_cast<std::size_t>(i)];
     if (each.wr_id == kReceive) events_.on_immediate(*this, be32toh(each.imm_data));
   }
-  if (room && pair_ != nullptr) events_.on_room(*this);
-  return count == kPollBatch && pair_ != nullptr;
+  if (room && handles_) events_.on_room(*this);
+  return count == kPollBatch && handles_ != nullptr;
 }
 
 }  // namespace dualkv

@@ -3,13 +3,15 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "dualkv/rdma.h"
+#include "base/worker.h"
+#include "dualkv/status.h"
 #include "rdma/rail.h"
 
 namespace dualkv {
@@ -63,12 +65,13 @@ class QueuePair : public std::enable_shared_from_this<QueuePair> {
 
   const QueuePairAddress& address() const { return address_; }
   Rail& rail() const { return rail_; }
-  // Throws Error.
-  void connect(const QueuePairAddress& remote, const LaneMark& mark, const RdmaOptions& options);
+  // Finding the way to the peer may take the kernel seconds (it asks for its hardware address), so the worker does it.
+  // `done` is called on the progress thread, unless the queue pair was closed meanwhile.
+  void connect(const QueuePairAddress& remote, const LaneMark& mark, const RdmaOptions& options, Worker& worker,
+               std::function<void(const Status&)> done);
   bool connected() const { return connected_; }
   // Work requests that can be posted now.
-  std::uint32_t room() const { return pair_ != nullptr ? depth_ - used_ : 0; }
-  std::uint32_t outstanding() const { return used_; }
+  std::uint32_t room() const { return handles_ ? depth_ - used_ : 0; }
   // As many as there is room for, in order, as one chain with one doorbell. Only the last one makes a completion.
   // Returns how many were posted; 0 also if the queue pair has failed, which on_failed() tells later.
   std::size_t post(std::span<const RdmaWrite> writes);
@@ -79,19 +82,30 @@ class QueuePair : public std::enable_shared_from_this<QueuePair> {
   // When this returns nothing is read from or written to this node's memory any more. No events follow. Idempotent.
   void close();
 
-  void on_completions();
+  // The rail has an event of this completion queue.
+  static void on_event(ibv_cq* completions, void* context);
 
  private:
+  // What the driver knows. Outlives the queue pair while the worker connects it; nothing can reach this node's memory
+  // through it then, as nothing was cleared for it.
+  struct Handles {
+    explicit Handles(Verbs& verbs) : verbs(verbs) {}
+    ~Handles();
+    Verbs& verbs;
+    std::weak_ptr<QueuePair> owner;
+    ibv_cq* completions = nullptr;
+    ibv_qp* pair = nullptr;
+  };
   QueuePair(Rail& rail, const RdmaOptions& options, Events& events);
   void create_pair(const RdmaOptions& options);
   void receive(std::uint32_t count);
+  void on_completions();
   bool drain();  // true if there may be more
   void fail(const std::string& why);
 
   Rail& rail_;
   Events& events_;
-  ibv_cq* completions_ = nullptr;
-  ibv_qp* pair_ = nullptr;
+  std::shared_ptr<Handles> handles_;  // null: closed
   QueuePairAddress address_;
   bool connected_ = false;
   bool failed_ = false;

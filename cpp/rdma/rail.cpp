@@ -177,8 +177,7 @@ void Rail::on_completion_events() {
   void* context = nullptr;
   // One at a time: a queue pair that ends while another's completions are handled takes its events along.
   if (verbs_.get_cq_event(channel_, &queue, &context) != 0) return;
-  verbs_.ack_cq_events(queue, 1);
-  static_cast<QueuePair*>(context)->on_completions();
+  QueuePair::on_event(queue, context);
 }
 
 void Rail::on_async_events() {

@@ -12,6 +12,16 @@ namespace {
 // Registered in place: some ten milliseconds at most.
 constexpr std::uint64_t kAtOnceBytes = std::uint64_t{64} << 20;
 constexpr auto kSweepPause = std::chrono::seconds(1);
+
+std::shared_ptr<const Registration> try_register(std::span<const std::unique_ptr<Rail>> rails,
+                                                 std::span<std::byte> memory, const RdmaOptions& options) {
+  try {
+    return std::make_shared<Registration>(rails, memory, options);
+  } catch (const Error&) {
+    return nullptr;
+  }
+}
+
 }  // namespace
 
 Registration::Registration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
@@ -43,22 +53,19 @@ Registration::~Registration() {
   for (std::size_t i = 0; i < regions_.size(); ++i) rails_[i]->verbs().dereg_mr(regions_[i]);
 }
 
-Registrations::Registrations(Progress& progress, const KnownMemory& known,
+Registrations::Registrations(Progress& progress, Worker& worker, const KnownMemory& known,
                              std::span<const std::unique_ptr<Rail>> rails, const RdmaOptions& options,
                              std::function<void(const std::string&)> note)
-    : progress_(progress), known_(known), rails_(rails), options_(options), note_(std::move(note)) {
+    : progress_(progress),
+      worker_(worker),
+      known_(known),
+      rails_(rails),
+      options_(options),
+      note_(std::move(note)) {
   tick();
 }
 
-Registrations::~Registrations() {
-  progress_.cancel(timer_);
-  {
-    const std::lock_guard lock(mutex_);
-    stopping_ = true;
-  }
-  wake_.notify_all();
-  if (worker_.joinable()) worker_.join();
-}
+Registrations::~Registrations() { progress_.cancel(timer_); }
 
 std::shared_ptr<const Registration> Registrations::find(const std::byte* data, std::uint64_t bytes) {
   const KnownMemory::Range* range = known_.find(data, bytes);
@@ -104,20 +111,20 @@ std::shared_ptr<const Registration> Registrations::begin(const KnownMemory::Rang
   entry.bytes = range.memory.size();
   entry.state = State::kInWork;
   registered_ += entry.bytes;
-  if (entry.bytes <= kAtOnceBytes) return settle(range.id, register_now(range.memory));
-  const std::lock_guard lock(mutex_);
-  jobs_.push_back({range.id, range.memory, range.owner()});
-  if (!worker_.joinable()) worker_ = std::thread([this] { work(); });
-  wake_.notify_all();
+  if (entry.bytes <= kAtOnceBytes) return settle(range.id, try_register(rails_, range.memory, options_));
+  worker_.post([this, made = made_, rails = rails_, options = options_, &progress = progress_, id = range.id,
+                memory = range.memory, owner = range.owner()]() mutable {
+    auto registration = try_register(rails, memory, options);
+    owner.reset();
+    {
+      const std::lock_guard lock(made->mutex);
+      made->registrations.emplace_back(id, std::move(registration));
+    }
+    progress.post([this, alive = std::weak_ptr(made)] {
+      if (!alive.expired()) collect();
+    });
+  });
   return nullptr;
-}
-
-std::shared_ptr<const Registration> Registrations::register_now(std::span<std::byte> memory) {
-  try {
-    return std::make_shared<Registration>(rails_, memory, options_);
-  } catch (const Error&) {
-    return nullptr;
-  }
 }
 
 std::shared_ptr<const Registration> Registrations::settle(std::uint64_t id, std::shared_ptr<const Registration> made) {
@@ -132,34 +139,11 @@ std::shared_ptr<const Registration> Registrations::settle(std::uint64_t id, std:
   return entry.registration;
 }
 
-void Registrations::work() {
-  for (;;) {
-    Job job;
-    {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
-      if (stopping_) return;
-      job = std::move(jobs_.front());
-      jobs_.pop_front();
-    }
-    std::shared_ptr<const Registration> made = register_now(job.memory);
-    job.owner.reset();
-    {
-      // Kept here, not in the task: a task may outlive the rails.
-      const std::lock_guard lock(mutex_);
-      made_.emplace_back(job.id, std::move(made));
-    }
-    progress_.post([this, alive = std::weak_ptr<bool>(alive_)] {
-      if (!alive.expired()) collect();
-    });
-  }
-}
-
 void Registrations::collect() {
-  std::vector<std::pair<std::uint64_t, std::shared_ptr<const Registration>>> made;
+  decltype(made_->registrations) made;
   {
-    const std::lock_guard lock(mutex_);
-    made.swap(made_);
+    const std::lock_guard lock(made_->mutex);
+    made.swap(made_->registrations);
   }
   for (auto& [id, registration] : made) settle(id, std::move(registration));
 }

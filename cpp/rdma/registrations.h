@@ -1,18 +1,16 @@
 // Registrations: the memory that this node's NICs may read and write.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <string>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
+#include "base/worker.h"
 #include "memory/known_memory.h"
 #include "rdma/rail.h"
 
@@ -35,13 +33,13 @@ class Registration {
   std::vector<ibv_mr*> regions_;
 };
 
-// Registers ranges of KnownMemory when they are first asked for: small ones at once, large ones in a thread of its own,
-// as pinning takes seconds for a whole cache. A registration goes with its range, or to make room under the budget.
+// Registers ranges of KnownMemory when they are first asked for: small ones at once, large ones on the worker, as
+// pinning takes seconds for a whole cache. A registration goes with its range, or to make room under the budget.
 // Progress thread only.
 class Registrations {
  public:
-  // `note` counts a fallback. All must outlive it.
-  Registrations(Progress& progress, const KnownMemory& known, std::span<const std::unique_ptr<Rail>> rails,
+  // `note` counts a fallback. All must outlive it; the worker may still run its jobs afterwards.
+  Registrations(Progress& progress, Worker& worker, const KnownMemory& known, std::span<const std::unique_ptr<Rail>> rails,
                 const RdmaOptions& options, std::function<void(const std::string&)> note);
   ~Registrations();
 
@@ -56,21 +54,20 @@ class Registrations {
     std::uint64_t bytes = 0;
     State state = State::kNone;
   };
-  struct Job {
-    std::uint64_t id;
-    std::span<std::byte> memory;
-    std::shared_ptr<const void> owner;
+  // What the worker has made, kept here and not in a task for the progress thread: that may outlive the rails.
+  struct Made {
+    std::mutex mutex;
+    std::vector<std::pair<std::uint64_t, std::shared_ptr<const Registration>>> registrations;
   };
   bool make_room(std::uint64_t bytes);
   std::shared_ptr<const Registration> begin(const KnownMemory::Range& range);
   std::shared_ptr<const Registration> settle(std::uint64_t id, std::shared_ptr<const Registration> made);
-  std::shared_ptr<const Registration> register_now(std::span<std::byte> memory);
-  void work();
   void collect();
   void sweep();
   void tick();
 
   Progress& progress_;
+  Worker& worker_;
   const KnownMemory& known_;
   const std::span<const std::unique_ptr<Rail>> rails_;
   const RdmaOptions options_;
@@ -78,14 +75,8 @@ class Registrations {
   std::unordered_map<std::uint64_t, Entry> entries_;
   std::uint64_t uses_ = 0;
   std::uint64_t registered_ = 0;
-  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
   Progress::TimerId timer_ = 0;
-  std::thread worker_;
-  std::mutex mutex_;  // guards what follows
-  std::condition_variable wake_;
-  std::deque<Job> jobs_;
-  std::vector<std::pair<std::uint64_t, std::shared_ptr<const Registration>>> made_;
-  bool stopping_ = false;
+  const std::shared_ptr<Made> made_ = std::make_shared<Made>();
 };
 
 }  // namespace dualkv

@@ -12,7 +12,7 @@ namespace {
 
 constexpr double kFirstPause = 0.05;
 constexpr double kLongestPause = 2.0;
-constexpr double kAnswerTimeout = 2.0;
+constexpr double kAnswerTimeout = 5.0;  // the peer's kernel may look long for the way here
 constexpr double kSettled = 1.0;          // up for so long: the next failure is a new one
 constexpr std::uint32_t kProbe = 0;       // immediate data of the write that shows that a queue pair works
 constexpr std::uint64_t kLargestRequest = std::uint64_t{1} << 30;
@@ -82,9 +82,23 @@ void RdmaPath::tell_step(std::size_t at, RdmaSetup::Step step) {
 void RdmaPath::connect(std::size_t at, const RdmaSetup& remote) {
   const LaneOptions& lane = options_.lanes[static_cast<int>(lane_of(at))];
   const LaneMark mark{static_cast<std::uint8_t>(lane.service_level), static_cast<std::uint8_t>(lane.dscp << 2)};
+  places_[at].state = State::kConnecting;
+  // The queue pair is closed before this path ends, and then nobody calls back.
   places_[at].pair->connect(
       {remote.number, remote.packet_sequence, remote.lid, remote.mtu, remote.ethernet, remote.gid}, mark,
-      domain_.options());
+      domain_.options(), domain_.worker(), [this, at](const Status& status) {
+        if (!status.ok()) {
+          stats_.last_failure = status.message;
+          return take_down(at, true);
+        }
+        Place& place = places_[at];
+        place.state = State::kProbing;
+        if (!leads_) return tell_step(at, RdmaSetup::Step::kAnswer);
+        RdmaWrite probe;
+        probe.immediate = true;
+        probe.data = kProbe;
+        place.pair->post({&probe, 1});
+      });
 }
 
 void RdmaPath::offer(std::size_t at) {
@@ -139,35 +153,18 @@ bool RdmaPath::on_setup(std::span<const std::byte> body) {
       place.epoch = setup->epoch;
       try {
         place.pair = QueuePair::create(*domain_.rails()[rail_of(at)], domain_.options(), *this);
-        connect(at, *setup);
       } catch (const Error& error) {
         stats_.last_failure = error.status().message;
-        if (place.pair) place.pair->close();
-        place.pair.reset();
         tell_step(at, RdmaSetup::Step::kDown);
         return true;
       }
-      place.state = State::kProbing;
-      tell_step(at, RdmaSetup::Step::kAnswer);
+      connect(at, *setup);
       return true;
     case RdmaSetup::Step::kAnswer:
       if (!leads_) return false;
       if (setup->epoch != place.epoch || place.state != State::kOffered) return true;
       progress_.cancel(std::exchange(place.timer, 0));
-      try {
-        connect(at, *setup);
-      } catch (const Error& error) {
-        stats_.last_failure = error.status().message;
-        take_down(at, true);
-        return true;
-      }
-      place.state = State::kProbing;
-      {
-        RdmaWrite probe;
-        probe.immediate = true;
-        probe.data = kProbe;
-        place.pair->post({&probe, 1});
-      }
+      connect(at, *setup);
       return true;
     case RdmaSetup::Step::kUp:
       if (leads_) return false;

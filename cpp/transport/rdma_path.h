@@ -68,7 +68,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
 
  private:
   using Held = std::vector<std::shared_ptr<const Registration>>;
-  enum class State : std::uint8_t { kDown, kOffered, kProbing, kUp };
+  enum class State : std::uint8_t { kDown, kOffered, kConnecting, kProbing, kUp };
   // A write of the peer that was cleared and has not come.
   struct Open {
     std::uint64_t grant;
@@ -104,6 +104,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   std::size_t rail_of(std::size_t place) const { return place % domain_.rails().size(); }
   std::size_t place_of(const QueuePair& pair) const;
   std::shared_ptr<QueuePair> make_pair(std::size_t place);
+  // Ends in kProbing, or down.
   void connect(std::size_t place, const RdmaSetup& remote);
   void tell_step(std::size_t place, RdmaSetup::Step step);
   void offer(std::size_t place);

@@ -363,7 +363,7 @@ TEST_P(NodeTest, WrongSecretAndWrongGeometryAreRefused) {
 TEST_P(NodeTest, ALostPeerIsFoundAgain) {
   start();
   auto de = options("de");
-  if (std::string(GetParam()) == "tcp") de.listen = {de_->addresses()[0]};
+  if (scheme_ == "tcp" || scheme_ == "rdma") de.listen = {de_->addresses()[0]};
   de_.reset();
   ASSERT_TRUE(eventually([&] { return !pe_->peer("de").connected(); }));
   de_ = std::make_unique<Node>(geometry_, de);

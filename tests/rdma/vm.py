@@ -38,7 +38,8 @@ exec switch_root /root /bin/bash /out/run.sh
 
 # Each end has the other's address as its own machine's too: the rules send RDMA between them over the wire, which is
 # where a lane's marks can be seen and a link can fail. TCP between them stays on lo.
-RUN = """ulimit -l unlimited
+RUN = """export HOME=/root PATH={path}
+ulimit -l unlimited
 ip link set lo up
 ip link add d0 mtu 4200 type veth peer name d1 mtu 4200
 ip addr add 10.77.0.1/24 dev d0; ip addr add 10.77.0.2/24 dev d1
@@ -49,15 +50,15 @@ done
 ip rule add pref 10 iif d0 lookup local; ip rule add pref 11 iif d1 lookup local
 ip rule add pref 20 from 10.77.0.1 to 10.77.0.2 lookup 100; ip rule add pref 21 from 10.77.0.2 to 10.77.0.1 lookup 101
 ip rule add pref 30 lookup local; ip rule del pref 0
-wires() {{
+cat > /usr/local/bin/wires <<'END'
+#!/bin/bash
   ip route replace 10.77.0.2 dev d0 table 100; ip route replace 10.77.0.1 dev d1 table 101
   ip neigh replace 10.77.0.2 dev d0 lladdr $(cat /sys/class/net/d1/address) nud permanent
   ip neigh replace 10.77.0.1 dev d1 lladdr $(cat /sys/class/net/d0/address) nud permanent
-}}
-wires; export -f wires
+END
+chmod +x /usr/local/bin/wires; wires
 rdma link add rxe0 type rxe netdev d0; rdma link add rxe1 type rxe netdev d1
 cd {folder}
-export HOME=/root PATH={path}
 timeout -k 10 {seconds} bash -c {command} </dev/null
 echo $? > /out/status
 sync
