@@ -10,6 +10,44 @@ std::shared_ptr<LoopbackHub> hub_of(const py::module_& m) {
   return *m.attr("_loopback_hub").cast<py::capsule>().get_pointer<std::shared_ptr<LoopbackHub>>();
 }
 
+RdmaOptions to_rdma_options(const py::dict& d) {
+  RdmaOptions o;
+  field(d, "devices", o.devices);
+  field(d, "gid_index", o.gid_index);
+  field(d, "mtu", o.mtu);
+  field(d, "timeout", o.timeout);
+  field(d, "retries", o.retries);
+  field(d, "rnr_retries", o.rnr_retries);
+  field(d, "send_depth", o.send_depth);
+  field(d, "receive_depth", o.receive_depth);
+  field(d, "registered", o.registered_bytes);
+  field(d, "relaxed_ordering", o.relaxed_ordering);
+  field(d, "on_demand_paging", o.on_demand_paging);
+  return o;
+}
+
+py::dict to_dict(const RdmaStats& s) {
+  py::dict out;
+  out["queue_pairs"] = s.queue_pairs;
+  out["queue_pairs_up"] = s.queue_pairs_up;
+  out["rails"] = s.rails;
+  out["bytes_written_low"] = s.bytes_written[0];
+  out["bytes_written_high"] = s.bytes_written[1];
+  out["batches"] = s.batches;
+  out["work_requests"] = s.work_requests;
+  out["doorbells"] = s.doorbells;
+  out["inline_batches"] = s.inline_batches;
+  out["failures"] = s.failures;
+  out["fences"] = s.fences;
+  out["rebuilds"] = s.rebuilds;
+  out["last_failure"] = s.last_failure;
+  out["service_level_low"] = s.service_level[0];
+  out["service_level_high"] = s.service_level[1];
+  out["traffic_class_low"] = s.traffic_class[0];
+  out["traffic_class_high"] = s.traffic_class[1];
+  return out;
+}
+
 NodeOptions to_node_options(const py::dict& d) {
   NodeOptions o;
   field(d, "name", o.name);
@@ -20,6 +58,8 @@ NodeOptions to_node_options(const py::dict& d) {
   field(d, "low_so_priority", o.lanes[0].so_priority);
   field(d, "high_dscp", o.lanes[1].dscp);
   field(d, "high_so_priority", o.lanes[1].so_priority);
+  field(d, "low_service_level", o.lanes[0].service_level);
+  field(d, "high_service_level", o.lanes[1].service_level);
   field(d, "write_frame", o.write_frame_bytes);
   field(d, "write_window", o.write_window_bytes);
   field(d, "heartbeat_s", o.heartbeat_s);
@@ -90,6 +130,7 @@ py::dict to_dict(const NodeStats& s) {
     one["bytes_received"] = link.bytes_received;
     one["writes_rejected"] = link.writes_rejected;
     one["writes_corrupt"] = link.writes_corrupt;
+    if (link.transport == "rdma") one["rdma"] = to_dict(link.rdma);
     links.append(one);
   }
   py::dict out;
@@ -186,15 +227,16 @@ void register_node(py::module_& m) {
       });
 
   py::class_<Node>(m, "Node", py::release_gil_before_calling_cpp_dtor())
-      .def(py::init(
-          [m](const KvGeometry& geometry, const py::dict& node, const py::dict& store, const py::dict& staging) {
-            NodeOptions options = to_node_options(node);
-            options.store = to_store_options(store);
-            options.staging = to_staging_options(staging);
-            options.loopback = hub_of(m);
-            const py::gil_scoped_release release;
-            return std::make_unique<Node>(geometry, std::move(options));
-          }))
+      .def(py::init([m](const KvGeometry& geometry, const py::dict& node, const py::dict& rdma, const py::dict& store,
+                        const py::dict& staging) {
+        NodeOptions options = to_node_options(node);
+        options.rdma = to_rdma_options(rdma);
+        options.store = to_store_options(store);
+        options.staging = to_staging_options(staging);
+        options.loopback = hub_of(m);
+        const py::gil_scoped_release release;
+        return std::make_unique<Node>(geometry, std::move(options));
+      }))
       .def_property_readonly("name", &Node::name)
       .def_property_readonly("addresses", &Node::addresses)
       .def_property_readonly("store", [](Node& n) { return n.store(); })

@@ -60,7 +60,8 @@ std::size_t PagedKv::extents(std::uint32_t layer, std::uint32_t block_id, std::s
 std::vector<Extent> PagedKv::memory() const {
   std::vector<Extent> planes;
   for (const std::vector<Plane>& layer : layers_) {
-    for (const Plane& plane : layer) planes.push_back({plane.base, (block_count_ - 1) * plane.block_stride + plane.bytes});
+    for (const Plane& plane : layer)
+      planes.push_back({plane.base, (block_count_ - 1) * plane.block_stride + plane.bytes});
   }
   std::sort(planes.begin(), planes.end(), [](const Extent& a, const Extent& b) { return a.data < b.data; });
   std::vector<Extent> runs;

@@ -19,9 +19,7 @@ constexpr std::uint32_t kInlineBytes = 128;
 constexpr std::uint32_t kSequenceMask = 0xffffff;
 constexpr std::uint64_t kReceive = ~std::uint64_t{0};  // wr_id; sends have the number of requests they retire
 
-[[noreturn]] void fail_with(const std::string& what, int error) {
-  throw Error(Code::kIo, "rdma: " + what, error);
-}
+[[noreturn]] void fail_with(const std::string& what, int error) { throw Error(Code::kIo, "rdma: " + what, error); }
 
 ibv_mtu mtu_of(std::uint32_t bytes, ibv_mtu port) {
   if (bytes == 0) return port;
@@ -52,7 +50,8 @@ void QueuePair::create_pair(const RdmaOptions& options) {
   handles_->owner = weak_from_this();
   const int entries = static_cast<int>(options.send_depth + options.receive_depth + 1);
   handles_->completions = verbs.create_cq(rail_.context(), entries, handles_.get(), rail_.channel(), 0);
-  if (handles_->completions == nullptr) fail_with(text("no completion queue of ", entries, " entries on ", rail_.name()), errno);
+  if (handles_->completions == nullptr)
+    fail_with(text("no completion queue of ", entries, " entries on ", rail_.name()), errno);
   ibv_qp_init_attr init{};
   init.send_cq = init.recv_cq = handles_->completions;
   init.qp_type = IBV_QPT_RC;
@@ -121,15 +120,15 @@ void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, co
     Status status;
     if (!same_kind) {
       status = {Code::kIo, 0, "one side's port is InfiniBand, the other's Ethernet; list rails in one order"};
-    } else if (const int error = handles->verbs.modify_qp(
-                   handles->pair, &ready,
-                   IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-                       IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER)) {
+    } else if (const int error =
+                   handles->verbs.modify_qp(handles->pair, &ready,
+                                            IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
+                                                IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER)) {
       status = {Code::kIo, error, text(name, " can't reach its peer: ", std::strerror(error))};
-    } else if (const int error_sending = handles->verbs.modify_qp(
-                   handles->pair, &send,
-                   IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
-                       IBV_QP_MAX_QP_RD_ATOMIC)) {
+    } else if (const int error_sending =
+                   handles->verbs.modify_qp(handles->pair, &send,
+                                            IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
+                                                IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC)) {
       status = {Code::kIo, error_sending, text(name, ": queue pair to RTS: ", std::strerror(error_sending))};
     }
     handles.reset();
@@ -145,7 +144,8 @@ void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, co
 void QueuePair::receive(std::uint32_t count) {
   for (std::uint32_t i = 0; i < count; ++i) receives_[i].next = i + 1 < count ? &receives_[i + 1] : nullptr;
   ibv_recv_wr* bad = nullptr;
-  if (count > 0 && rail_.verbs().post_recv(handles_->pair, receives_.data(), &bad) != 0) fail("posting receives failed");
+  if (count > 0 && rail_.verbs().post_recv(handles_->pair, receives_.data(), &bad) != 0)
+    fail("posting receives failed");
 }
 
 std::size_t QueuePair::post(std::span<const RdmaWrite> writes) {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "dualkv/rdma.h"
 #include "base/worker.h"
+#include "dualkv/rdma.h"
 #include "dualkv/status.h"
 #include "rdma/rail.h"
 

@@ -75,9 +75,8 @@ std::vector<std::unique_ptr<Rail>> Rail::open_all(const RdmaOptions& options, in
   std::vector<std::unique_ptr<Rail>> rails;
   for (const std::string& given : options.devices) {
     const Wanted wanted = parse(given);
-    const auto device = std::find_if(list, list + count, [&](ibv_device* each) {
-      return wanted.device == verbs->get_device_name(each);
-    });
+    const auto device = std::find_if(list, list + count,
+                                     [&](ibv_device* each) { return wanted.device == verbs->get_device_name(each); });
     if (device == list + count) {
       errno = 0;
       fail(text("no device '", wanted.device, "'; `ibv_devices` lists those of this machine"));

@@ -56,12 +56,7 @@ Registration::~Registration() {
 Registrations::Registrations(Progress& progress, Worker& worker, const KnownMemory& known,
                              std::span<const std::unique_ptr<Rail>> rails, const RdmaOptions& options,
                              std::function<void(const std::string&)> note)
-    : progress_(progress),
-      worker_(worker),
-      known_(known),
-      rails_(rails),
-      options_(options),
-      note_(std::move(note)) {
+    : progress_(progress), worker_(worker), known_(known), rails_(rails), options_(options), note_(std::move(note)) {
   tick();
 }
 

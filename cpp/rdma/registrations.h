@@ -39,8 +39,9 @@ class Registration {
 class Registrations {
  public:
   // `note` counts a fallback. All must outlive it; the worker may still run its jobs afterwards.
-  Registrations(Progress& progress, Worker& worker, const KnownMemory& known, std::span<const std::unique_ptr<Rail>> rails,
-                const RdmaOptions& options, std::function<void(const std::string&)> note);
+  Registrations(Progress& progress, Worker& worker, const KnownMemory& known,
+                std::span<const std::unique_ptr<Rail>> rails, const RdmaOptions& options,
+                std::function<void(const std::string&)> note);
   ~Registrations();
 
   // Null if the bytes are in no known range, or that is not registered (yet).

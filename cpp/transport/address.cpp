@@ -17,8 +17,9 @@ namespace dualkv {
 namespace {
 
 [[noreturn]] void malformed(const std::string& text, const std::string& why) {
-  throw Error(Code::kInvalidArgument, dualkv::text("address '", text, "': ", why,
-                                                   "; give tcp://host:port, rdma://host:port, shm:///path.sock or loopback://name"));
+  throw Error(Code::kInvalidArgument,
+              dualkv::text("address '", text, "': ", why,
+                           "; give tcp://host:port, rdma://host:port, shm:///path.sock or loopback://name"));
 }
 
 bool is_this_host(const sockaddr_storage& address) {

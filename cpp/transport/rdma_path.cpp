@@ -13,8 +13,8 @@ namespace {
 constexpr double kFirstPause = 0.05;
 constexpr double kLongestPause = 2.0;
 constexpr double kAnswerTimeout = 5.0;  // the peer's kernel may look long for the way here
-constexpr double kSettled = 1.0;          // up for so long: the next failure is a new one
-constexpr std::uint32_t kProbe = 0;       // immediate data of the write that shows that a queue pair works
+constexpr double kSettled = 1.0;        // up for so long: the next failure is a new one
+constexpr std::uint32_t kProbe = 0;     // immediate data of the write that shows that a queue pair works
 constexpr std::uint64_t kLargestRequest = std::uint64_t{1} << 30;
 
 }  // namespace
@@ -57,7 +57,8 @@ void RdmaPath::close() {
 // --- queue pairs come and go
 
 std::size_t RdmaPath::place_of(const QueuePair& pair) const {
-  const auto found = std::find_if(places_.begin(), places_.end(), [&](const Place& p) { return p.pair.get() == &pair; });
+  const auto found =
+      std::find_if(places_.begin(), places_.end(), [&](const Place& p) { return p.pair.get() == &pair; });
   return static_cast<std::size_t>(found - places_.begin());
 }
 

@@ -139,8 +139,7 @@ class SocketLink : public Link,
 
   bool on_frame(Channel& channel, FrameType type, std::span<const std::byte> body) override {
     last_received_ = Clock::now();
-    const bool control =
-        type == FrameType::kMessage || type == FrameType::kRegions || type == FrameType::kRdmaSetup;
+    const bool control = type == FrameType::kMessage || type == FrameType::kRegions || type == FrameType::kRdmaSetup;
     if (control != (&channel == control_.get())) return false;
     switch (type) {
       case FrameType::kMessage: events_.on_message(*this, body); return true;

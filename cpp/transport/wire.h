@@ -25,7 +25,7 @@ enum class FrameType : std::uint16_t {
   kWrite = 7,     // Layer Blocks, bytes inline after the body
   kWriteRef = 8,  // Layer Blocks, to be pulled from the sender's memory
   kWriteDone = 9,
-  kRegions = 10,  // all memory of the sender that the receiver may map (shm)
+  kRegions = 10,     // all memory of the sender that the receiver may map (shm)
   kRdmaSetup = 11,   // queue pairs come and go
   kWriteAsk = 12,    // may these Layer Blocks be written, by RDMA?
   kWriteClear = 13,  // yes, to these addresses; or send them inline

@@ -34,8 +34,9 @@ struct NodeOptions {
   std::string name;  // unique among peers, 1 to 128 bytes
   StoreOptions store;
   StagingOptions staging;
-  std::vector<std::string> listen;         // "tcp://host:port" (0 = any), "rdma://host:port", "shm:///path.sock", "loopback://name"
-  std::string secret;                      // shared by all peers; required to listen on or connect to another host
+  std::vector<std::string>
+      listen;          // "tcp://host:port" (0 = any), "rdma://host:port", "shm:///path.sock", "loopback://name"
+  std::string secret;  // shared by all peers; required to listen on or connect to another host
   std::uint32_t connections_per_lane = 2;  // tcp; rdma: and queue pairs
   RdmaOptions rdma;
   LaneOptions lanes[kLaneCount] = {{8, 1, 2}, {46, 6, 0}};     // LOW: CS1; HIGH: EF

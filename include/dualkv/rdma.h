@@ -13,11 +13,11 @@ struct RdmaOptions {
   // "mlx5_0" or "mlx5_0:2" (port 2). Empty: every active port, those of the staging memory's NUMA node if it has any.
   // Queue pairs go over them in turn, so that both sides of a link should list their rails in the same order.
   std::vector<std::string> devices;
-  int gid_index = -1;       // -1: the port's RoCE v2 entry with an IPv4 address, else with a global IPv6 one
-  std::uint32_t mtu = 0;    // of the path in bytes, 256 to 4096; 0 = what both ports have
-  int timeout = 14;         // a packet is sent again after 4.096 us * 2^timeout without an answer
-  int retries = 7;          // then the queue pair has failed
-  int rnr_retries = 7;      // the same where the receiver has no receive posted; 7 = for ever
+  int gid_index = -1;     // -1: the port's RoCE v2 entry with an IPv4 address, else with a global IPv6 one
+  std::uint32_t mtu = 0;  // of the path in bytes, 256 to 4096; 0 = what both ports have
+  int timeout = 14;       // a packet is sent again after 4.096 us * 2^timeout without an answer
+  int retries = 7;        // then the queue pair has failed
+  int rnr_retries = 7;    // the same where the receiver has no receive posted; 7 = for ever
   // Work requests that wait in a queue pair, and writes with immediate data that may be under way to this node on it.
   std::uint32_t send_depth = 1024;
   std::uint32_t receive_depth = 256;
@@ -31,9 +31,9 @@ struct RdmaStats {
   std::uint32_t queue_pairs = 0;  // of both lanes
   std::uint32_t queue_pairs_up = 0;
   std::uint64_t bytes_written[kLaneCount] = {0, 0};
-  std::uint64_t batches = 0;        // frames of Layer Blocks written by RDMA
-  std::uint64_t work_requests = 0;  // posted
-  std::uint64_t doorbells = 0;      // calls that posted them
+  std::uint64_t batches = 0;         // frames of Layer Blocks written by RDMA
+  std::uint64_t work_requests = 0;   // posted
+  std::uint64_t doorbells = 0;       // calls that posted them
   std::uint64_t inline_batches = 0;  // sent over TCP: no queue pair was up, or memory was not registered
   std::uint64_t failures = 0;        // queue pairs that failed
   std::uint64_t fences = 0;          // queue pairs ended so that memory taken back is not written or read any more

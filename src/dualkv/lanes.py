@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Marks:
-    """``dscp``: in the IP header, 0 to 63; ``so_priority``: queueing class of this host, 0 to 15."""
+    """``dscp``: in the IP header, 0 to 63; ``so_priority``: queueing class of this host, 0 to 15.
+
+    ``service_level``: of RDMA queue pairs, 0 to 15.
+    """
 
     dscp: int
     so_priority: int
+    service_level: int
 
     @property
     def tos(self) -> int:
@@ -17,7 +21,7 @@ class Marks:
         return self.dscp << 2
 
 
-LANES = {"low": Marks(8, 1), "high": Marks(46, 6)}
+LANES = {"low": Marks(8, 1, 2), "high": Marks(46, 6, 0)}
 """Defaults of every node (docs/settings.md)."""
 
 

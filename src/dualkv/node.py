@@ -29,6 +29,8 @@ _NODE_OPTIONS = {
     "low_so_priority",
     "high_dscp",
     "high_so_priority",
+    "low_service_level",
+    "high_service_level",
     "write_frame",
     "write_window",
     "heartbeat_s",
@@ -40,6 +42,29 @@ _NODE_OPTIONS = {
     "max_loads",
     "max_peers",
 }
+_RDMA_OPTIONS = {
+    "devices",
+    "gid_index",
+    "mtu",
+    "timeout",
+    "retries",
+    "rnr_retries",
+    "send_depth",
+    "receive_depth",
+    "registered",
+    "relaxed_ordering",
+    "on_demand_paging",
+}
+
+
+def _to_rdma_options(given: dict[str, Any]) -> dict[str, Any]:
+    check_options(given, _RDMA_OPTIONS, "rdma")
+    out = dict(given)
+    if "devices" in out:
+        out["devices"] = [out["devices"]] if isinstance(out["devices"], str) else list(out["devices"])
+    if "registered" in out:
+        out["registered"] = parse_size(out["registered"])
+    return out
 
 
 class Load:
@@ -314,12 +339,13 @@ class Node:
         geometry: of the model.
         store: ``file:///directory``, shared by all nodes.
         staging: size of the staging pool, like ``"8GiB"``.
-        listen: where peers connect: ``tcp://host:port`` (port 0 = any), ``shm:///path.sock``, ``loopback://name``;
-            one or a list.
+        listen: where peers connect: ``tcp://host:port`` (port 0 = any), ``rdma://host:port``, ``shm:///path.sock``,
+            ``loopback://name``; one or a list. rdma needs libibverbs and an active port (docs/rdma.md).
         secret: shared by all peers; needed to listen on, or connect to, another host. Or ``secret_file``, whose
             content is stripped of white space at its ends.
         store_options: ``read_limit``, ``backend``, ``quota`` ... (docs/settings.md).
         staging_options: ``transit_share``, ``lock_memory``, ``shared``, ``lazy`` ... (docs/settings.md).
+        rdma_options: ``devices``, ``gid_index``, ``timeout`` ... of ``rdma://`` links (docs/settings.md).
         options: ``connections_per_lane``, ``low_dscp``, ``stall_s``, ``peer_silence_s`` ... (docs/settings.md).
 
     Use it as a context manager, or call :meth:`close`. Thread-safe.
@@ -340,6 +366,7 @@ class Node:
         secret_file: str | pathlib.Path | None = None,
         store_options: dict[str, Any] | None = None,
         staging_options: dict[str, Any] | None = None,
+        rdma_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         check_options(options, _NODE_OPTIONS, "node")
@@ -354,6 +381,7 @@ class Node:
         self._core = _dualkv.Node(
             geometry,
             node,
+            _to_rdma_options(rdma_options or {}),
             to_store_options(store, store_options or {}),
             to_staging_options(staging, staging_options or {}),
         )

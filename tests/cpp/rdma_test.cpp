@@ -334,7 +334,8 @@ TEST_F(RdmaTest, MemoryThatCameBackAtTheSameAddressIsRegisteredAnew) {
     auto* base = static_cast<std::byte*>(place);
     std::vector<std::vector<Plane>> layers;
     for (std::uint32_t i = 0; i < geometry_.layers(); ++i) {
-      layers.push_back({{base + kBlocks * geometry_.layer_offset(i), geometry_.layer_bytes(i), geometry_.layer_bytes(i)}});
+      layers.push_back(
+          {{base + kBlocks * geometry_.layer_offset(i), geometry_.layer_bytes(i), geometry_.layer_bytes(i)}});
     }
     const auto ids = iota_ids(kBlocks);
     {

@@ -82,9 +82,10 @@ def page_default(row: Row) -> Any:
 
 def node_defaults() -> dict[str, Any]:
     found = cpp_defaults("node.h", "NodeOptions")
-    (low_dscp, low_priority), (high_dscp, high_priority) = found.pop("lanes")
-    found |= {"low_dscp": low_dscp, "low_so_priority": low_priority}
-    return found | {"high_dscp": high_dscp, "high_so_priority": high_priority}
+    marks = ("dscp", "so_priority", "service_level")
+    for lane, values in zip(("low", "high"), found.pop("lanes"), strict=True):
+        found |= {f"{lane}_{mark}": value for mark, value in zip(marks, values, strict=True)}
+    return found
 
 
 # The headers name sizes by their unit; Python does not.
@@ -95,11 +96,13 @@ CPP_NAMES = {
     "quota": "quota_bytes",
     "chunk": "chunk_bytes",
     "lock_limit": "lock_limit_bytes",
+    "registered": "registered_bytes",
 }
 OPTION_SETS = {
     "Node": (dualkv.node._NODE_OPTIONS, node_defaults()),
     "Store": (dualkv.storage._STORE_OPTIONS, cpp_defaults("store.h", "StoreOptions") | {"faults": {}}),
     "Staging": (dualkv.storage._STAGING_OPTIONS, cpp_defaults("staging.h", "StagingOptions")),
+    "RDMA": (dualkv.node._RDMA_OPTIONS, cpp_defaults("rdma.h", "RdmaOptions") | {"devices": ()}),
     "Faults": (dualkv.storage._FAULTS, cpp_defaults("store.h", "ReadFaults")),
 }
 
@@ -156,13 +159,14 @@ def test_the_core_accepts_every_default_of_the_page(tmp_path: Path) -> None:
         staging="1MiB",
         store_options=store,
         staging_options=given("Staging"),
+        rdma_options=given("RDMA"),
         **given("Node"),
     ).close()
 
 
 def test_fallbacks_are_those_of_the_code() -> None:
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cpp").rglob("*.[ch]*"))
-    counted = set(re.findall(r'(?:fallbacks_\.count|on_fallback)\("(\w+)"', code))
+    counted = set(re.findall(r'(?:fallbacks_\.count|on_fallback|note_?)\("(\w+)"', code))
     assert {row["name"].strip("`") for row in table(SETTINGS, "Fallbacks")} == counted
 
 
@@ -645,7 +649,7 @@ def hostile_starts(peer: PythonPeer) -> dict[str, bytes]:
     starts = {row["field"]: changed(hello, int(row["offset"])) for row in table(FORMATS, "Header")}
     starts |= {f"{name} too long": header(kind, size=LIMITS[name] + 1) for name, kind in TYPES.items()}
     starts |= {
-        "unknown type": header(10),
+        "unknown type": header(15),
         "body": changed(hello, 40),
         "not hello": frame("proof", bytes(32)),
         "left over": frame("hello", peer.hello(2) + b"\0"),

@@ -1,7 +1,6 @@
 """The doctor: what it says is what is in force, its exit codes, and that nothing of it stays behind."""
 
-from __future__ import annotations
-
+import ctypes
 import functools
 import json
 import os
@@ -384,8 +383,9 @@ def test_a_sibling_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_marks_are_the_defaults_of_a_node() -> None:
     defaults = node_defaults()
-    lanes = {lane: (defaults[f"{lane}_dscp"], defaults[f"{lane}_so_priority"]) for lane in ("low", "high")}
-    assert lanes == {lane: (marks.dscp, marks.so_priority) for lane, marks in LANES.items()}
+    names = ("dscp", "so_priority", "service_level")
+    lanes = {lane: tuple(defaults[f"{lane}_{name}"] for name in names) for lane in ("low", "high")}
+    assert lanes == {lane: (marks.dscp, marks.so_priority, marks.service_level) for lane, marks in LANES.items()}
 
 
 def test_refused_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,17 +411,31 @@ def test_numa(tmp_path: Path) -> None:
     assert outcome(machine.check_numa, Context(tmp_path, sys=tmp_path / "no"))["NUMA"].status == "absent"
 
 
-def test_rdma(tmp_path: Path) -> None:
+def test_rdma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = "class/infiniband/mlx5_0/ports/1"
     gids = {f"{port}/gids/{i}": gid for i, gid in enumerate(["fe80::1", "0000:" * 7 + "0000"])}
     state = {f"{port}/state": "4: ACTIVE", f"{port}/link_layer": "InfiniBand", f"{port}/rate": "400 Gb/sec (4X NDR)"}
-    found = outcome(devices.check_rdma, Context(tmp_path, sys=files(tmp_path, gids | state)))["RDMA"]
-    assert found.status == "ok"
-    assert "mlx5_0 port 1: ACTIVE, InfiniBand, 400 Gb/sec (4X NDR), 1 GIDs" in found.detail
-    assert "no verbs transport" in found.detail
+    context = Context(tmp_path, sys=files(tmp_path, gids | state))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    found = outcome(devices.check_rdma, context)["RDMA"]
+    assert found == Check("RDMA", "ok", "mlx5_0 port 1: ACTIVE, InfiniBand, 400 Gb/sec (4X NDR), 1 GIDs")
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    found = outcome(devices.check_rdma, context)["RDMA"]
+    assert found.status == "warn"
+    assert "libibverbs.so.1: cannot open" in found.detail
+    assert "rdma-core" in found.cure
+    monkeypatch.undo()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    files(tmp_path, {f"{port}/state": "1: DOWN"})
+    found = outcome(devices.check_rdma, context)["RDMA"]
+    assert found.status == "warn"
+    assert "no port is active" in found.detail
     found = outcome(devices.check_rdma, Context(tmp_path, sys=tmp_path / "no"))["RDMA"]
     assert found.status == "absent"
-    assert "no verbs transport" in found.detail
 
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  575.57.08  Sat May 24\nGCC version: gcc 12.2.0\n"

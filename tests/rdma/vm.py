@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 MODULES = (
-    "virtio_pci 9pnet_virtio 9p overlay veth dummy af_packet ib_uverbs rdma_ucm crc32_generic rdma_rxe sch_htb cls_u32"
-).split()
+    *("virtio_pci", "9pnet_virtio", "9p", "overlay", "veth", "af_packet"),
+    *("ib_uverbs", "rdma_ucm", "crc32_generic", "rdma_rxe", "sch_htb", "cls_u32"),
+)
 
 INIT = """#!/bin/busybox sh
 export PATH=/bin:/sbin
@@ -113,8 +114,9 @@ def make_initramfs(work: Path, kernel: Path) -> Path:
     init.write_text(INIT.replace("MODULES", " ".join(MODULES)))
     init.chmod(0o755)
     names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
-    archive = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=tree, check=True,
-                             stdout=subprocess.PIPE).stdout
+    archive = subprocess.run(
+        ["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=tree, check=True, stdout=subprocess.PIPE
+    ).stdout
     image.write_bytes(gzip.compress(archive, 1))
     return image
 

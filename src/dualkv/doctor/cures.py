@@ -51,6 +51,24 @@ FALLBACKS = {
         "the same user and pid namespace for both, and /proc mounted",
         "shm",
     ),
+    "rdma_inline": Fallback(
+        "a frame of an rdma link went over TCP: no queue pair was up, or its memory was not registered (yet)",
+        "`last_failure` of the link's rdma in Node.stats() says why",
+        "RDMA",
+    ),
+    "rdma_not_registered": Fallback(
+        "the NIC refused memory: transfers to and from it go over TCP",
+        "a higher memlock limit (`ulimit -l unlimited`, `LimitMEMLOCK=infinity`); or on_demand_paging=True",
+        "memlock",
+    ),
+    "rdma_registration_budget": Fallback(
+        "memory beyond the budget is not registered: transfers to and from it go over TCP",
+        "a larger `registered` in rdma_options",
+        "RDMA",
+    ),
+    "rdma_device_fault": Fallback(
+        "an RDMA device failed, or one of its completion queues overran", "the kernel's log (dmesg)", "RDMA"
+    ),
     "lane_not_marked": Fallback(
         "a socket refused its DSCP or priority: that connection's lane is not told apart",
         "CAP_NET_ADMIN for priorities above 6, or lower ones",

@@ -1,5 +1,6 @@
-"""Checks of RDMA devices and GPUs, which this release finds but does not use."""
+"""Checks of RDMA devices, and of GPUs, which this release finds but does not use."""
 
+import ctypes
 import json
 import re
 import subprocess
@@ -10,7 +11,6 @@ from pathlib import Path
 from dualkv.doctor.check import Check, Context, read_text
 
 _CHILD_S = 8.0  # a driver without its persistence daemon takes seconds
-_NO_VERBS = "this release has no verbs transport"
 _NO_GPU = "this release does not use GPU memory yet"
 # In a child: a driver that crashes or hangs takes only the child with it.
 _COUNT_GPUS = """
@@ -37,13 +37,22 @@ def _port(device: Path, port: Path) -> str:
 
 
 def check_rdma(context: Context) -> Iterator[Check]:
-    """Verbs devices, from their files."""
+    """Verbs devices, from their files, and the library that opens them."""
     devices = sorted((context.sys / "class/infiniband").glob("*"))
     ports = [_port(device, port) for device in devices for port in sorted((device / "ports").glob("*"))]
     if not devices:
-        yield Check("RDMA", "absent", f"no verbs devices; {_NO_VERBS}")
-    else:
-        yield Check("RDMA", "ok", "; ".join([*(ports or (device.name for device in devices)), _NO_VERBS]))
+        yield Check("RDMA", "absent", "no verbs devices: nodes meet by tcp or shm")
+        return
+    found = "; ".join(ports or [device.name for device in devices])
+    try:
+        ctypes.CDLL("libibverbs.so.1")
+    except OSError as error:
+        yield Check("RDMA", "warn", f"{found}; but {error}", "install rdma-core (libibverbs1, ibverbs-providers)")
+        return
+    if not any(": ACTIVE," in port for port in ports):
+        yield Check("RDMA", "warn", f"{found}; no port is active", "bring its network up; `ibv_devinfo`, `rdma link`")
+        return
+    yield Check("RDMA", "ok", found)
 
 
 def _count_gpus() -> dict[str, object]:
