@@ -143,6 +143,19 @@ def plan(
     return policy.plan(keys, prefill=node.view(), decode=decode.view() if decode else None)
 
 
+RDMA_DEVICES = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
+
+
+def listen_at(scheme: str, tmp_path: Path, name: str) -> str:
+    """An address of the scheme that nobody else has."""
+    return {
+        "tcp": "tcp://127.0.0.1:0",
+        "rdma": "rdma://127.0.0.1:0",
+        "shm": f"shm://{tmp_path}/{name}.sock",
+        "loopback": f"loopback://{tmp_path}/{name}",
+    }[scheme]
+
+
 class Child:
     """A node in another process (peer_process.py); ``prefix``: of its command, such as that of a testbed's node."""
 

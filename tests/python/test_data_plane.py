@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeNode
+from marks import RDMA
 from support import (
     LAYER_BYTES,
     LONG_S,
@@ -32,6 +33,7 @@ from support import (
     eventually,
     filled,
     layer_block,
+    listen_at,
     make_geometry,
     make_keys,
     open_fds,
@@ -57,8 +59,7 @@ class Pair:
     """A prefill node and a decode node over one root; HIT blocks are stored."""
 
     def __init__(self, make_node: MakeNode, scheme: str, tmp_path: Path, **options: Any) -> None:
-        listen = {"tcp": "tcp://127.0.0.1:0", "shm": f"shm://{tmp_path}/de.sock", "loopback": f"loopback://{tmp_path}"}
-        self.de = make_node("de", listen=listen[scheme], **options)
+        self.de = make_node("de", listen=listen_at(scheme, tmp_path, "de"), **options)
         self.pe = make_node("pe", **options)
         self.peer = self.pe.connect(self.de.addresses[0])
         self.geometry = self.pe.geometry
@@ -104,7 +105,7 @@ def check_reads(result: dict[str, Any], block_bytes: Callable[[int, int], int]) 
         assert at == LAYERS
 
 
-@pytest.mark.parametrize("scheme", ["loopback", "tcp", "shm"])
+@pytest.mark.parametrize("scheme", ["loopback", "tcp", "shm", RDMA])
 def test_every_number_of_layers_per_read_gives_the_same_bytes(make_node: MakeNode, tmp_path: Path, scheme: str) -> None:
     pair = Pair(make_node, scheme, tmp_path)
     for layers_per_read in range(LAYERS + 1):
@@ -679,12 +680,11 @@ def test_a_node_tells_what_it_shares(shared: Shared) -> None:
 # --- checksums that come along
 
 
-@pytest.fixture(params=["loopback", "tcp", "shm", "shm, allocated"])
+@pytest.fixture(params=["loopback", "tcp", "shm", "shm, allocated", RDMA])
 def linked(request: pytest.FixtureRequest, make_node: MakeNode, tmp_path: Path) -> tuple[dualkv.Node, dualkv.Node, Any]:
     """Sender, receiver, and a filled cache of the sender."""
     scheme = request.param.split(",")[0]
-    listen = {"tcp": "tcp://127.0.0.1:0", "shm": f"shm://{tmp_path}/de.sock", "loopback": f"loopback://{tmp_path}"}
-    de = make_node("de", listen=listen[scheme])
+    de = make_node("de", listen=listen_at(scheme, tmp_path, "de"))
     pe = make_node("pe")
     pe.connect(de.addresses[0])
     blocks = 5

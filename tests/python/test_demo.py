@@ -35,7 +35,7 @@ def check(result: dict, modes: int) -> None:
         assert one["exact"]["ok"] == one["exact"]["total"] > 0, one
         assert one["failures"] == []
         assert one["jct_s"] > 0
-        assert set(one["bytes"]) == {"pe_path", "de_path", "helper_path", "published", "saved"}
+        assert set(one["bytes"]) == {"pe_path", "de_path", "helper_path", "published", "saved", "by_rdma"}
         assert set(one["snic_utilisation"]) == {"prefill", "decode"}
         assert set(one["ttft_s"]) == {"p50", "p99"}
 

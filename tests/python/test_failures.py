@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeNode
+from marks import RDMA
 from support import (
     LONG_S,
     Child,
@@ -27,6 +28,7 @@ from support import (
     error_of,
     eventually,
     filled,
+    listen_at,
     make_geometry,
     make_keys,
     plan,
@@ -43,9 +45,9 @@ SECRET = "of the failure tests"
 LINK = {"peer_silence_s": 1.0, "heartbeat_s": 0.1, "reconnect_max_s": 0.2, "secret": SECRET}
 
 
-@pytest.fixture(params=["tcp", "shm"])
+@pytest.fixture(params=["tcp", "shm", RDMA])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return "tcp://127.0.0.1:0" if request.param == "tcp" else f"shm://{tmp_path}/peer.sock"
+    return listen_at(request.param, tmp_path, "peer")
 
 
 def store_prompt(node: dualkv.Node) -> list[bytes]:

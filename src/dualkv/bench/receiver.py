@@ -38,6 +38,7 @@ class Receiver:
         """Makes the node and a cache of ``count`` blocks; returns the address. ``directory`` is the caller's."""
         listen = {
             "tcp": "tcp://127.0.0.1:0",
+            "rdma": "rdma://127.0.0.1:0",
             "shm": f"shm://{directory}/node.sock",
             "loopback": f"loopback://{directory}",
         }[transport]

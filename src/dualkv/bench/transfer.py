@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,12 +30,14 @@ from dualkv.bench.measure import (
     start_optional,
     steps_of,
 )
+from dualkv.bench.perftest import WriteBandwidth
 from dualkv.bench.processes import JsonProcess
 from dualkv.bench.receiver import DEADLINE_S, SOURCE_SEED, TARGET_SEED, Receiver, make_node
 from dualkv.bench.results import BenchResult, CaseValue, Row
 from dualkv.errors import Error, invalid
 
-TRANSPORTS = ("tcp", "shm", "loopback")
+TRANSPORTS = ("tcp", "shm", "loopback", "rdma")
+_WITH_CONNECTIONS = ("tcp", "rdma")
 MEMORIES = ("shared", "private")
 CHECKSUMS = ("known", "made")
 _MEMCPY = "memcpy of the same scattered blocks, one thread, huge pages, nothing verified"
@@ -42,28 +45,46 @@ _MEMCPY = "memcpy of the same scattered blocks, one thread, huge pages, nothing 
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """What to measure. Sizes in bytes; every combination is a case, ``connections`` being tcp's only."""
+    """What to measure. Sizes in bytes; every combination is a case, ``connections`` being tcp's and rdma's only.
 
-    transport: tuple[str, ...] = TRANSPORTS
+    ``rdma_devices``: the sender's and the receiver's; none: the machine's first and last.
+    """
+
+    transport: tuple[str, ...] = TRANSPORTS[:3]
     block_bytes: tuple[int, ...] = (64 << 10, 256 << 10, 1 << 20)
     total: int = 512 << 20
     count: int | None = None  # blocks, instead of total
     connections: tuple[int, ...] = (1, 2, 4)
     memory: tuple[str, ...] = MEMORIES  # of the source, shm only
     checksums: tuple[str, ...] = CHECKSUMS
+    rdma_devices: tuple[str, ...] = ()
     repeats: int = 7
     warmup: int = 1
 
     def cases(self) -> list["TransferCase"]:
         """In the order they are measured."""
         return [
-            TransferCase(transport, size, count_of(size, self.total, self.count), checksums, connections, memory)
+            TransferCase(
+                transport,
+                size,
+                count_of(size, self.total, self.count),
+                checksums,
+                connections,
+                memory,
+                self._devices() if transport == "rdma" else None,
+            )
             for transport in self.transport
             for memory in (self.memory if transport == "shm" else (None,))
             for size in self.block_bytes
-            for connections in (self.connections if transport == "tcp" else (None,))
+            for connections in (self.connections if transport in _WITH_CONNECTIONS else (None,))
             for checksums in self.checksums
         ]
+
+    def _devices(self) -> tuple[str, str]:
+        found = self.rdma_devices or tuple(sorted(path.name for path in Path("/sys/class/infiniband").glob("*")))
+        if not found:
+            raise Error("--transport rdma: this machine has no RDMA device", "unsupported")
+        return found[0], found[-1]
 
     def check(self) -> None:
         """Raises Error before anything is touched."""
@@ -76,13 +97,15 @@ class TransferOptions:
                 raise invalid(f"--{name} {', '.join(given)}: must be {', '.join(known)}")
         if not all(1 <= connections <= 16 for connections in self.connections):
             raise invalid(f"--connections {self.connections}: 1 to 16 are possible")
+        if len(self.rdma_devices) > 2:
+            raise invalid(f"--rdma-devices {','.join(self.rdma_devices)}: the sender's and the receiver's, no more")
         largest = max(case.block_bytes * case.count for case in self.cases())
         machine.require_memory(4 * largest + (768 << 20))  # both caches and both sides of the limit's
 
 
 @dataclass(frozen=True)
 class TransferCase:
-    """One row; ``connections`` is tcp's, ``memory`` shm's: None elsewhere.
+    """One row; ``connections`` is tcp's and rdma's, ``memory`` shm's, ``devices`` rdma's: None elsewhere.
 
     The receiver verifies checksums in any case. ``known``: the sender has them, as for blocks read from storage;
     ``made``: it makes them when it sends.
@@ -94,11 +117,14 @@ class TransferCase:
     checksums: str
     connections: int | None = None
     memory: str | None = None
+    devices: tuple[str, str] | None = None  # the sender's and the receiver's
 
-    @property
-    def node_options(self) -> dict[str, Any]:
-        """Of both nodes."""
-        return {} if self.connections is None else {"connections_per_lane": self.connections}
+    def node_options(self, side: int) -> dict[str, Any]:
+        """Of the sender (0) or the receiver (1)."""
+        out: dict[str, Any] = {} if self.connections is None else {"connections_per_lane": self.connections}
+        if self.devices is not None:
+            out["rdma_options"] = {"devices": self.devices[side]}
+        return out
 
     @property
     def fields(self) -> dict[str, CaseValue]:
@@ -169,9 +195,9 @@ class Sender:
             block_bytes=case.block_bytes,
             count=case.count,
             transport=case.transport,
-            options=case.node_options,
+            options=case.node_options(1),
         )
-        self._node = make_node("bench-sender", case.block_bytes, directory, (), **case.node_options)
+        self._node = make_node("bench-sender", case.block_bytes, directory, (), **case.node_options(0))
         try:
             self._cache = self._source()
             for number in range(case.count):
@@ -179,6 +205,8 @@ class Sender:
             self._kv = dualkv.PagedKv(self._node.geometry, [self._cache])
             self._checksums = self._kv.checksums(self._block_ids) if case.checksums == "known" else None
             self._peer = self._node.connect(address)
+            if case.devices is not None:
+                self._wait_for_rdma()
         except BaseException:
             self._node.close()
             raise
@@ -188,6 +216,25 @@ class Sender:
         if self._case.memory != "shared":
             return aligned_blocks(*shape)
         return self._node.allocate(shape[0] * shape[1]).reshape(shape)
+
+    def _wait_for_rdma(self) -> None:
+        """Sends until nothing goes inline: queue pairs are up, and the caches of both sides are registered."""
+        until = time.monotonic() + DEADLINE_S
+        inline = -1
+        while True:
+            before, inline = inline, self._inline_batches()
+            if before == inline:
+                return
+            if time.monotonic() > until:
+                raise Error(f"rdma: writes still go inline: {self._rdma()['last_failure']}", "timeout")
+            self.ours()
+            time.sleep(0.1)
+
+    def _rdma(self) -> dict[str, Any]:
+        return dict(self._node.stats()["links"][0]["rdma"])
+
+    def _inline_batches(self) -> int:
+        return int(self._rdma()["inline_batches"])
 
     def ours(self) -> Run:
         """Prepare: the array of block ids. Post: the call. Done: the receiver has verified every byte."""
@@ -239,14 +286,18 @@ def limit_text(case: TransferCase) -> str:
     """What :func:`limit_of` is."""
     if case.connections is None:
         return _MEMCPY
+    if case.devices is not None:
+        return f"ib_write_bw (perftest) of the same size, {case.connections} queue pairs, one buffer, nothing verified"
     return f"{case.connections} bare tcp stream{'s' * (case.connections > 1)} to another process, nothing verified"
 
 
 def limit_of(case: TransferCase) -> Start:
-    """Bare sockets for tcp, memcpy for what moves through memory."""
+    """Bare sockets for tcp, perftest for rdma, memcpy for what moves through memory."""
 
     def start(closing: contextlib.ExitStack) -> Contender:
         total = case.count * case.block_bytes
+        if case.devices is not None:
+            return WriteBandwidth(case.devices, case.block_bytes, case.count, case.connections or 1).run
         if case.connections is not None:
             sockets = closing.enter_context(limits.RawSockets(case.connections))
             return lambda: as_run(sockets.run(total))

@@ -168,15 +168,21 @@ def storage(**options: Any) -> "Measurement":
 @click.option(
     "--transport",
     default="tcp,shm,loopback",
-    callback=values.names("tcp", "shm", "loopback"),
+    callback=values.names("tcp", "shm", "loopback", "rdma"),
     show_default=True,
     metavar="NAME[,...]",
+    help="rdma too, where there is a device.",
 )
 @_sizes_option("64KiB,256KiB,1MiB")
 @_total_option("512MiB")
 @_count
 @click.option(
-    "--connections", default="1,2,4", callback=values.numbers, show_default=True, metavar="N[,...]", help="Of tcp."
+    "--connections",
+    default="1,2,4",
+    callback=values.numbers,
+    show_default=True,
+    metavar="N[,...]",
+    help="Of tcp; of rdma, queue pairs.",
 )
 @click.option(
     "--memory",
@@ -194,8 +200,18 @@ def storage(**options: Any) -> "Measurement":
     metavar="NAME[,...]",
     help="Whether the sender has them (as of blocks from storage) or makes them; they are verified either way.",
 )
+@click.option(
+    "--rdma-devices",
+    default="",
+    callback=lambda _, __, value: tuple(filter(None, value.split(","))),
+    metavar="NAME[,NAME]",
+    help="The sender's and the receiver's; else the machine's first and last.",
+)
 def transfer(**options: Any) -> "Measurement":
-    """Send blocks to another node, which verifies them, against bare sockets (tcp) or memcpy (shm, loopback)."""
+    """Send blocks to another node, which verifies them.
+
+    Limits: bare sockets (tcp), ib_write_bw (rdma), memcpy (shm, loopback).
+    """
     from dualkv.bench.transfer import TransferOptions, run_transfer
 
     return functools.partial(run_transfer, TransferOptions(**options))

@@ -50,7 +50,11 @@ def _topologies(_: click.Context, __: click.Parameter, value: str) -> tuple[Topo
     "--model", type=click.Choice(["gqa", "mla"]), default="gqa", show_default=True, help="Attention of the torch model."
 )
 @click.option(
-    "--transport", type=click.Choice(["tcp", "shm"]), default="tcp", show_default=True, help="Between the engines."
+    "--transport",
+    type=click.Choice(["tcp", "shm", "rdma"]),
+    default="tcp",
+    show_default=True,
+    help="Between the engines. rdma: on this machine's devices, in turn.",
 )
 @click.option("--agents", type=click.IntRange(1, 256), default=12, show_default=True)
 @click.option("--turns", type=click.IntRange(2, 1000), default=9, show_default=True, help="Per agent.")

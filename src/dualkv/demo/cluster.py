@@ -8,12 +8,14 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dualkv.errors import Error
 from dualkv.testbed import Testbed
 
 _MAX_LINE_BYTES = 64 << 20
+_RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def split_topology(text: str) -> tuple[int, int] | None:
@@ -169,11 +171,15 @@ class Cluster:
     async def open(self, root: str, transport: str, sockets: str, options: dict[str, Any]) -> None:
         """New nodes over ``root``, linked: each prefill engine to all decode engines and to the other prefills."""
         addresses: dict[str, str] = {}
+        devices = sorted(path.name for path in _RDMA_DEVICES.glob("*")) if transport == "rdma" else []
         for node, engine in enumerate(self.engines):
             host = self._bed.address(node) if self._bed else "127.0.0.1"
-            listen = f"tcp://{host}:0" if transport == "tcp" else f"shm://{sockets}/{engine.name}.sock"
+            listen = f"shm://{sockets}/{engine.name}.sock" if transport == "shm" else f"{transport}://{host}:0"
+            node_options: dict[str, Any] = dict(self._secret)
+            if devices:  # in turn, as if each node had its own
+                node_options["rdma_options"] = {"devices": devices[node % len(devices)]}
             opened = await engine.call(
-                "open", name=engine.name, root=root, listen=[listen], node_options=self._secret, **options
+                "open", name=engine.name, root=root, listen=[listen], node_options=node_options, **options
             )
             addresses[engine.name] = opened["addresses"][0]
         for i, engine in enumerate(self.prefill):

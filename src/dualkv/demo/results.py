@@ -43,7 +43,7 @@ class ModeRun:
     prompt_tokens_per_s: float
     ttft_s: Percentiles
     ttft_alone_s: Percentiles  # one agent, nothing else running
-    bytes: dict[str, int]  # pe_path, de_path, helper_path, published, saved
+    bytes: dict[str, int]  # pe_path, de_path, helper_path, published, saved, by_rdma
     snic_utilisation: dict[str, float]  # prefill, decode: of the limit, over the whole run
     exact: dict[str, int]  # ok, total
     failures: list[str]

@@ -285,7 +285,11 @@ class _Demo:
             prompt_tokens_per_s=sum(t.prompt_tokens for t in replay.turns) / replay.seconds,
             ttft_s=Percentiles.of([t.ttft_s for t in replay.turns]),
             ttft_alone_s=Percentiles.of([t.ttft_s for t in alone.turns]),
-            bytes={**path_bytes(replay), "saved": sum(s["store"]["bytes_saved"] for s in stats)},
+            bytes={
+                **path_bytes(replay),
+                "saved": sum(s["store"]["bytes_saved"] for s in stats),
+                "by_rdma": sum(link.get("rdma", {}).get("bytes_written_low", 0) for s in stats for link in s["links"]),
+            },
             snic_utilisation={role: float(np.mean(values)) for role, values in used.items()},
             exact={"ok": sum(t.wrong_blocks == 0 for t in replay.turns), "total": total},
             failures=replay.failures + alone.failures,
