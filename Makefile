@@ -10,12 +10,12 @@ JOBS ?= $(shell nproc)
 # Environments of real engines, one each: they pin what the others can't have.
 ENGINES := .engines
 
-.PHONY: demo test test-cpp test-python test-vllm test-engines lint format system-demo system-test clean
+.PHONY: demo test test-cpp test-python test-vllm test-engines rdma lint format system-demo system-test system-rdma clean
 
 demo: $(VENV)/demo.stamp
 	$(RUN)/dualkv demo --topology 1P1D,1P2D --html dualkv-demo.html
 
-test: lint test-python test-vllm test-cpp
+test: lint test-python test-vllm test-cpp rdma
 	@echo "all tests passed"
 
 # liburing makes storage reads fast; without root and without it, the build says so and goes on.
@@ -90,6 +90,18 @@ build/%/done: $(sources) $(wildcard tests/cpp/* tests/fuzz/*) | $(VENV)/test.sta
 	cmake --build build/$* -j $(JOBS)
 	build/$*/tests/cpp/dualkv_tests --gtest_brief=1
 	@touch $@
+
+# The tests that need an RDMA device, in a VM with soft-RoCE; RDMA_COMMAND: run that there instead.
+RDMA_COMMAND ?= bash tests/rdma/tests.sh
+rdma: build/asan/done | system-rdma
+	@if command -v qemu-system-x86_64 >/dev/null || test -n "$(CI)"; then \
+	  $(RUN)/python tests/rdma/vm.py -- $(RDMA_COMMAND); else echo "no qemu: the RDMA tests are skipped"; fi
+
+system-rdma:
+	@command -v qemu-system-x86_64 >/dev/null && command -v ib_write_bw >/dev/null && command -v cpio >/dev/null && \
+	  test -e /bin/busybox || ($(APT) update -qq && $(APT) install -y -qq --no-install-recommends qemu-system-x86 \
+	  busybox-static kmod cpio iproute2 rdma-core ibverbs-providers perftest >/dev/null) || \
+	  echo "could not install qemu and rdma-core"
 
 format: $(VENV)/test.stamp
 	$(RUN)/ruff check --fix . && $(RUN)/ruff format .

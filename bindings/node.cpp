@@ -18,6 +18,7 @@ RdmaOptions to_rdma_options(const py::dict& d) {
   field(d, "timeout", o.timeout);
   field(d, "retries", o.retries);
   field(d, "rnr_retries", o.rnr_retries);
+  field(d, "stall_s", o.stall_s);
   field(d, "send_depth", o.send_depth);
   field(d, "receive_depth", o.receive_depth);
   field(d, "registered", o.registered_bytes);

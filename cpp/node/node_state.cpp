@@ -35,6 +35,7 @@ void check_options(const NodeOptions& options) {
   require(rdma.timeout >= 1 && rdma.timeout <= 31, text("node: rdma.timeout = ", rdma.timeout, ": must be 1 to 31"));
   require(rdma.retries >= 0 && rdma.retries <= 7 && rdma.rnr_retries >= 0 && rdma.rnr_retries <= 7,
           "node: rdma.retries and rdma.rnr_retries must be 0 to 7");
+  require(rdma.stall_s > 0, text("node: rdma.stall_s = ", rdma.stall_s, ": must be positive"));
   require(rdma.mtu == 0 || (rdma.mtu >= 256 && rdma.mtu <= 4096),
           text("node: rdma.mtu = ", rdma.mtu, ": must be 256 to 4096, or 0 for the port's"));
   require(rdma.send_depth >= 1 && rdma.send_depth <= 32768 && rdma.receive_depth >= 2 && rdma.receive_depth <= 32768,

@@ -26,7 +26,7 @@ std::shared_ptr<const Registration> try_register(std::span<const std::unique_ptr
 
 Registration::Registration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
                            const RdmaOptions& options)
-    : rails_(rails) {
+    : rails_(rails), memory_(memory) {
   for (const auto& rail : rails) {
     Verbs& verbs = rail->verbs();
     int access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;

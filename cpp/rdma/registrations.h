@@ -25,11 +25,15 @@ class Registration {
   Registration(const Registration&) = delete;
   Registration& operator=(const Registration&) = delete;
 
+  bool covers(const std::byte* data, std::uint64_t bytes) const {
+    return data >= memory_.data() && data + bytes <= memory_.data() + memory_.size();
+  }
   std::uint32_t local_key(std::size_t rail) const { return regions_[rail]->lkey; }
   std::uint32_t remote_key(std::size_t rail) const { return regions_[rail]->rkey; }
 
  private:
   std::span<const std::unique_ptr<Rail>> rails_;
+  const std::span<std::byte> memory_;
   std::vector<ibv_mr*> regions_;
 };
 

@@ -44,6 +44,7 @@ void RdmaPath::start(bool leads) {
 void RdmaPath::close() {
   if (std::exchange(closed_, true)) return;
   grants_.remove(*this);
+  progress_.cancel(watch_);
   for (Place& place : places_) {
     progress_.cancel(place.timer);
     if (place.pair) place.pair->close();
@@ -241,10 +242,15 @@ void RdmaPath::before_inline(const WriteHeader& header) {
 
 // --- to the peer
 
-std::shared_ptr<const Registration> RdmaPath::hold(const Extent& extent, Held& held) {
+const Registration* RdmaPath::hold(const Extent& extent, Held& held) {
+  // Whoever calls keeps the memory alive meanwhile, so what covers it now still does.
+  for (const auto& registration : held) {
+    if (registration->covers(extent.data, extent.bytes)) return registration.get();
+  }
   auto registration = domain_.registrations().find(extent.data, extent.bytes);
-  if (registration && std::find(held.begin(), held.end(), registration) == held.end()) held.push_back(registration);
-  return registration;
+  if (!registration) return nullptr;
+  held.push_back(std::move(registration));
+  return held.back().get();
 }
 
 bool RdmaPath::write(const LayerWrite& write) {
@@ -270,7 +276,10 @@ bool RdmaPath::write(const LayerWrite& write) {
     return false;
   }
   ask.epoch = places_[best].epoch;
+  out.chain.reserve(write.blocks.size());
+  if (places_[best].asked_bytes == 0) places_[best].progress_at = Clock::now();
   places_[best].asked_bytes += out.bytes;
+  if (watch_ == 0) watch();
   outgoing_.emplace(write.id, std::move(out));
   host_.tell(write.lane, FrameType::kWriteAsk, encode_write_ask(ask));
   return true;
@@ -293,6 +302,7 @@ bool RdmaPath::on_clear(std::span<const std::byte> body) {
   }
   if (clear->immediate == kProbe || !build_chain(out, *clear)) return false;
   place.ready.push_back(clear->id);
+  place.progress_at = Clock::now();
   pump(out.place);
   return true;
 }
@@ -322,7 +332,7 @@ bool RdmaPath::build_chain(Outgoing& out, const WriteClear& clear) {
       const std::uint64_t run = std::min({source.bytes - read, target.bytes - written, kLargestRequest});
       const auto local = reinterpret_cast<std::uint64_t>(source.data + read);
       const std::uint64_t remote = target.address + written;
-      const std::uint32_t local_key = domain_.registrations().find(source.data, source.bytes)->local_key(rail);
+      const std::uint32_t local_key = hold(source, out.held)->local_key(rail);
       const bool follows = !out.chain.empty() && out.chain.back().remote + total == remote &&
                            out.chain.back().remote_key == target.key && total + run <= kLargestRequest;
       if (!follows) {
@@ -381,6 +391,7 @@ void RdmaPath::pump(std::size_t at) {
 void RdmaPath::on_room(QueuePair& pair) {
   const std::size_t at = place_of(pair);
   if (at == places_.size()) return;
+  places_[at].progress_at = Clock::now();
   if (places_[at].state == State::kProbing && leads_) {
     set_up(at);
     tell_step(at, RdmaSetup::Step::kUp);
@@ -388,10 +399,25 @@ void RdmaPath::on_room(QueuePair& pair) {
   pump(at);
 }
 
+void RdmaPath::watch() {
+  const double stall_s = domain_.options().stall_s;
+  watch_ = progress_.at(Clock::now() + to_duration(stall_s / 4), [this, stall_s] {
+    watch_ = 0;
+    for (std::size_t at = 0; at < places_.size(); ++at) {
+      if (places_[at].asked_bytes == 0 || Clock::now() - places_[at].progress_at < to_duration(stall_s)) continue;
+      ++stats_.failures;
+      stats_.last_failure = text(domain_.rails()[rail_of(at)]->name(), ": no progress for ", stall_s, " s");
+      take_down(at, true);
+    }
+    if (!outgoing_.empty()) watch();
+  });
+}
+
 void RdmaPath::done(std::uint64_t id) {
   const auto found = outgoing_.find(id);
   if (found == outgoing_.end()) return;
   Place& place = places_[found->second.place];
+  place.progress_at = Clock::now();
   place.asked_bytes -= std::min(place.asked_bytes, found->second.bytes);
   std::erase(place.ready, id);  // answered before it was posted: not wanted any more
   outgoing_.erase(found);
@@ -466,8 +492,8 @@ bool RdmaPath::on_ask(Lane lane, std::span<const std::byte> body) {
     }
     clear.entries[i].count = static_cast<std::uint32_t>(count);
     for (std::size_t k = 0; k < count; ++k) {
-      const auto registration = hold(target[k], open.held);
-      if (!registration) {
+      const Registration* registration = hold(target[k], open.held);
+      if (registration == nullptr) {
         refuse_to_clear(lane, wanted.id);
         return true;
       }

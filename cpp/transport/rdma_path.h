@@ -86,6 +86,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
     Clock::time_point up_since{};
     bool was_up = false;
     std::uint64_t asked_bytes = 0;
+    Clock::time_point progress_at{};  // last sign of life while writes are under way
     std::deque<std::uint64_t> ready;  // cleared, not wholly posted
     std::unordered_map<std::uint32_t, Open> open;
     std::uint32_t last_immediate = 0;
@@ -112,9 +113,12 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   void set_up(std::size_t place);
   // Ends the queue pair. What was under way to the peer goes inline; what was cleared for it will come so.
   void take_down(std::size_t place, bool tell_peer);
-  std::shared_ptr<const Registration> hold(const Extent& extent, Held& held);
+  // The registration of these bytes, kept in `held`; null if there is none.
+  const Registration* hold(const Extent& extent, Held& held);
   bool build_chain(Outgoing& out, const WriteClear& clear);
   void pump(std::size_t place);
+  // Leaves queue pairs whose writes get nowhere.
+  void watch();
   void refuse_to_clear(Lane lane, std::uint64_t id);
   bool is_open(std::uint64_t grant, std::uint32_t layer, std::uint32_t block) const;
   template <typename Match>
@@ -128,6 +132,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   Host& host_;
   bool leads_ = false;
   bool closed_ = false;
+  Progress::TimerId watch_ = 0;  // while writes are under way
   std::vector<Place> places_;
   std::unordered_map<std::uint64_t, Outgoing> outgoing_;
   std::vector<RdmaWrite> batch_;  // scratch of pump()

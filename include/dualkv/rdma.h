@@ -18,6 +18,8 @@ struct RdmaOptions {
   int timeout = 14;       // a packet is sent again after 4.096 us * 2^timeout without an answer
   int retries = 7;        // then the queue pair has failed
   int rnr_retries = 7;    // the same where the receiver has no receive posted; 7 = for ever
+  // A queue pair whose writes get nowhere for this long has failed, whatever its driver says: some never tell.
+  double stall_s = 2.0;
   // Work requests that wait in a queue pair, and writes with immediate data that may be under way to this node on it.
   std::uint32_t send_depth = 1024;
   std::uint32_t receive_depth = 256;

@@ -49,6 +49,7 @@ _RDMA_OPTIONS = {
     "timeout",
     "retries",
     "rnr_retries",
+    "stall_s",
     "send_depth",
     "receive_depth",
     "registered",

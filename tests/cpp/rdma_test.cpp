@@ -17,6 +17,7 @@ namespace {
 class PostHook {
  public:
   using Hook = std::function<int(ibv_qp*, ibv_send_wr*)>;  // the call's result; 0 goes on to the driver
+  static constexpr int kSwallow = -1;                      // the call succeeds, and does nothing
   explicit PostHook(Hook hook) {
     const std::lock_guard lock(mutex());
     if (real() == nullptr) real() = verbs()->post_send;
@@ -28,7 +29,7 @@ class PostHook {
         hook = current();
       }
       if (hook) {
-        if (const int error = (*hook)(qp, wr); error != 0) return error;
+        if (const int result = (*hook)(qp, wr); result != 0) return result == kSwallow ? 0 : result;
       }
       return real()(qp, wr, bad);
     };
@@ -211,6 +212,27 @@ TEST_F(RdmaTest, AQueuePairForcedIntoErrorIsBuiltAnew) {
     EXPECT_TRUE(forced);
   }
   EXPECT_GE(stats(*pe_).failures, 3u);
+  expect_recovery();
+}
+
+TEST_F(RdmaTest, AQueuePairThatGoesSilentIsLeft) {
+  auto pe = options("pe");
+  pe.rdma.stall_s = 0.2;
+  start_all(pe, options("de"));
+  HostCache target(geometry_, kBlocks);
+  std::atomic<int> swallowed{0};
+  {
+    // Taken by the driver, it says, and never heard of again.
+    const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) {
+      if (!carries_data(wr) || swallowed > 0) return 0;
+      ++swallowed;
+      return PostHook::kSwallow;
+    });
+    ASSERT_TRUE(send_all(target).ok());
+  }
+  EXPECT_EQ(swallowed, 1);
+  EXPECT_EQ(stats(*pe_).failures, 1u);
+  EXPECT_NE(stats(*pe_).last_failure.find("no progress"), std::string::npos) << stats(*pe_).last_failure;
   expect_recovery();
 }
 
@@ -409,6 +431,7 @@ TEST(RdmaOptionsTest, BadOnesAreRefusedByName) {
   };
   refused("rdma.timeout", [](NodeOptions& o) { o.rdma.timeout = 0; });
   refused("rdma.retries", [](NodeOptions& o) { o.rdma.retries = 8; });
+  refused("rdma.stall_s", [](NodeOptions& o) { o.rdma.stall_s = 0; });
   refused("rdma.mtu", [](NodeOptions& o) { o.rdma.mtu = 9000; });
   refused("rdma.send_depth", [](NodeOptions& o) { o.rdma.send_depth = 0; });
   refused("receive_depth", [](NodeOptions& o) { o.rdma.receive_depth = 1; });
