@@ -71,6 +71,12 @@ NodeOptions to_node_options(const py::dict& d) {
   field(d, "stall_s", o.stall_s);
   field(d, "max_loads", o.max_loads);
   field(d, "max_peers", o.max_peers);
+  std::string copy = "cpu";
+  field(d, "copy", copy);
+  if (copy != "cpu" && copy != "nic") {
+    throw Error(Code::kInvalidArgument, "node: copy = '" + copy + "': must be 'cpu' or 'nic'");
+  }
+  o.copy = copy == "nic" ? CopyEngine::kNic : CopyEngine::kCpu;
   return o;
 }
 
@@ -134,7 +140,14 @@ py::dict to_dict(const NodeStats& s) {
     if (link.transport == "rdma") one["rdma"] = to_dict(link.rdma);
     links.append(one);
   }
+  py::dict copies;
+  copies["engine"] = s.copies.engine == CopyEngine::kNic ? "nic" : "cpu";
+  copies["rail"] = s.copies.rail;
+  copies["bytes_by_nic"] = s.copies.bytes_by_nic;
+  copies["bytes_by_cpu"] = s.copies.bytes_by_cpu;
+  copies["doorbells"] = s.copies.doorbells;
   py::dict out;
+  out["copies"] = copies;
   out["store"] = bindings::to_dict(s.store);
   out["staging"] = bindings::to_dict(s.staging);
   out["links"] = links;
@@ -264,6 +277,14 @@ void register_node(py::module_& m) {
              std::vector<std::uint32_t> blocks = to_ids(ids);
              const py::gil_scoped_release release;
              return n.grant(peer, into.kv, std::move(blocks), deadline_s);
+           })
+      .def("copy",
+           [](Node& n, const Cache& from, const Ids& from_ids, const Cache& to, const Ids& to_ids,
+              std::uint32_t first_layer, std::uint32_t layer_count) {
+             CopyRequest request{
+                 from.kv, bindings::to_ids(from_ids), to.kv, bindings::to_ids(to_ids), {first_layer, layer_count}};
+             const py::gil_scoped_release release;
+             return n.copy(std::move(request));
            })
       .def("allocate",
            [](Node& n, std::uint64_t bytes) {

@@ -1,6 +1,8 @@
-// Copies between a contiguous Layer Block and the planes of a paged cache (host memory).
+// Copies by the CPU between Layer Blocks: contiguous ones and the planes of paged caches (host memory).
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <span>
 
@@ -20,6 +22,25 @@ inline void gather(std::span<const Extent> source, std::byte* target) {
   for (const Extent& extent : source) {
     std::memcpy(target, extent.data, extent.bytes);
     target += extent.bytes;
+  }
+}
+
+// Any runs to any others; both have as many bytes.
+inline void copy(std::span<const Extent> from, std::span<const Extent> to) {
+  std::uint64_t read = 0, written = 0;  // of the first of each
+  while (!from.empty() && !to.empty()) {
+    const std::uint64_t run = std::min(from[0].bytes - read, to[0].bytes - written);
+    std::memcpy(to[0].data + written, from[0].data + read, run);
+    read += run;
+    written += run;
+    if (read == from[0].bytes) {
+      from = from.subspan(1);
+      read = 0;
+    }
+    if (written == to[0].bytes) {
+      to = to.subspan(1);
+      written = 0;
+    }
   }
 }
 

@@ -224,9 +224,23 @@ void LoadTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result
     if (!wanted(0, layer, block)) continue;
     std::array<Extent, PagedKv::kMaxPlanes> target;
     const std::size_t count = request_.into->extents(layer, block_ids_[block], target);
-    scatter(result.slot.get() + geometry.layer_offset(layer), std::span<const Extent>(target).first(count));
+    const auto places = std::span<const Extent>(target).first(count);
+    if (node_.copier() != nullptr) {
+      copy_by_nic(result.slot, layer, block, trailer_checksum(trailer, layer), places);
+      continue;
+    }
+    scatter(result.slot.get() + geometry.layer_offset(layer), places);
     deliver(*sources_[0], layer, block, trailer_checksum(trailer, layer));
   }
+}
+
+void LoadTask::copy_by_nic(const Slot& slot, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
+                           std::span<const Extent> target) {
+  const Extent source{slot.get() + node_.geometry().layer_offset(layer), node_.geometry().layer_bytes(layer)};
+  node_.copier()->copy({&source, 1}, target, owner_, slot, [weak = weak_from_this(), layer, block, checksum] {
+    const auto self = weak.lock();
+    if (self && self->wanted(0, layer, block)) self->deliver(*self->sources_[0], layer, block, checksum);
+  });
 }
 
 bool LoadTask::wanted(std::size_t source, std::uint32_t layer, std::uint32_t block) const {
@@ -479,6 +493,7 @@ void LoadTask::end(bool failed, const Status& why) {
   if (reads_) sources_[0]->result.reads = reads_->times(started_);
   reads_.reset();
   publisher_.reset();
+  if (node_.copier() != nullptr) node_.copier()->withdraw(owner_);
   std::uint32_t failovers;
   {
     const std::lock_guard lock(mutex_);

@@ -84,6 +84,8 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   void read_here(std::uint32_t block);
   void ask(Source& source, const std::vector<std::uint32_t>& blocks);
   void on_read(std::uint32_t block, LayerRange layers, ReadResult result);
+  void copy_by_nic(const Slot& slot, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
+                   std::span<const Extent> target);
   void deliver(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
   void layer_ready(std::uint32_t layer);
   // The source can't deliver these: another takes over, or the load fails with the reason.
@@ -102,6 +104,7 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   NodeState& node_;
   const LoadRequest request_;
   const std::uint64_t id_;
+  const std::uint64_t owner_ = next_owner();  // of copies by the NIC
   std::vector<std::uint32_t> block_ids_;
   const std::uint32_t prompt_blocks_;
   std::atomic<std::uint32_t> blocks_missing_;

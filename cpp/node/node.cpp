@@ -185,6 +185,14 @@ Operation Peer::send_layers(SendRequest request) const {
 
 // --- Node
 
+Operation Node::copy(CopyRequest request) {
+  if (!request.from || !request.to) throw Error(Code::kInvalidArgument, "copy: no KV cache given");
+  const auto task = run(*state_, [&] { return CopyTask::begin(*state_, std::move(request)); });
+  Operation operation = task->operation();
+  operation.attach(guard(task, [](CopyTask& copy) { copy.end(kDropped); }));
+  return operation;
+}
+
 Node::Node(const KvGeometry& geometry, NodeOptions options)
     : state_(std::make_shared<NodeState>(geometry, std::move(options))) {
   state_->start();

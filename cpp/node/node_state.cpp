@@ -50,8 +50,7 @@ void check_options(const NodeOptions& options) {
   require(options.handshake_s > 0 && options.stall_s > 0, "node: handshake_s and stall_s must be positive");
 }
 
-TransportOptions transport_options(const NodeOptions& options, std::shared_ptr<SharedRegions> regions,
-                                   std::shared_ptr<const KnownMemory> memory) {
+TransportOptions transport_options(const NodeOptions& options, std::shared_ptr<SharedRegions> regions) {
   return {options.name,
           options.secret,
           options.connections_per_lane,
@@ -59,9 +58,7 @@ TransportOptions transport_options(const NodeOptions& options, std::shared_ptr<S
           options.write_window_bytes,
           options.handshake_s,
           std::move(regions),
-          options.rdma,
-          std::move(memory),
-          options.staging.numa_node};
+          nullptr};
 }
 
 // Peers that come by shm:// map the staging.
@@ -90,7 +87,7 @@ std::uint64_t microseconds_until(Clock::time_point when) {
 NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
     : geometry_((check_options(options), geometry)),
       options_(completed(std::move(options))),
-      transport_options_(transport_options(options_, regions_, memory_)),
+      transport_options_(transport_options(options_, regions_)),
       progress_(std::make_shared<Progress>("dualkv-" + options_.name, std::chrono::microseconds(options_.spin_us))),
       fallbacks_(options_.store.fail_on_fallback),
       pool_(geometry_, options_.staging),
@@ -125,6 +122,13 @@ void NodeState::start() {
   Status failure;
   progress_->run([&] {
     try {
+      if (options_.copy == CopyEngine::kNic) {
+        const LaneOptions& low = options_.lanes[static_cast<int>(Lane::kLow)];
+        copier_ = std::make_unique<NicCopier>(
+            *progress_, *rdma(),
+            LaneMark{static_cast<std::uint8_t>(low.service_level), static_cast<std::uint8_t>(low.dscp << 2)},
+            [this](const std::string& what) { on_fallback(what); });
+      }
       for (const Address& address : addresses) addresses_.push_back(transport(address.scheme).listen(address));
       tick();
     } catch (const Error& error) {
@@ -154,6 +158,9 @@ void NodeState::close() {
     incomings_.clear();
     for (auto& [name, peer] : peers_) peer.links.clear();
     transports_.clear();
+    copier_.reset();
+    transport_options_.rdma.reset();
+    rdma_.reset();
   });
   storage().close();
   progress_->stop();
@@ -166,9 +173,18 @@ Transport& NodeState::transport(Scheme scheme) {
     if (!options_.loopback) throw Error(Code::kInvalidArgument, "node: loopback:// needs options.loopback");
     transport = make_loopback_transport(options_.loopback, progress_, grants_, *this, transport_options_);
   } else {
+    if (scheme == Scheme::kRdma) transport_options_.rdma = rdma();
     transport = make_socket_transport(scheme, *progress_, grants_, *this, transport_options_);
   }
   return *transports_.emplace(scheme, std::move(transport)).first->second;
+}
+
+const std::shared_ptr<RdmaDomain>& NodeState::rdma() {
+  if (!rdma_) {
+    rdma_ = std::make_shared<RdmaDomain>(options_.rdma, options_.staging.numa_node, *progress_, *memory_,
+                                         [this](const std::string& what) { on_fallback(what); });
+  }
+  return rdma_;
 }
 
 std::uint32_t NodeState::share(std::span<const std::byte> memory, int fd) {
@@ -178,7 +194,7 @@ std::uint32_t NodeState::share(std::span<const std::byte> memory, int fd) {
 }
 
 void NodeState::know(const std::shared_ptr<const PagedKv>& cache) {
-  if (!transports_.contains(Scheme::kRdma)) return;
+  if (!rdma_) return;
   for (const Extent& run : cache->memory()) memory_->add({run.data, run.bytes}, cache);
 }
 
@@ -448,6 +464,7 @@ NodeStats NodeState::stats() const {
   stats.fallbacks = fallbacks_.counts();
   for (const auto& [what, count] : stats.store.fallbacks) stats.fallbacks[what] += count;
   progress_->run([&] {
+    if (copier_) stats.copies = copier_->stats();
     stats.loads_active = static_cast<std::uint32_t>(loads_.size());
     stats.loads_served = static_cast<std::uint32_t>(serves_.size());
     const std::lock_guard lock(mutex_);

@@ -13,6 +13,7 @@
 #include "dualkv/node.h"
 #include "node/layer_sender.h"
 #include "node/messages.h"
+#include "rdma/nic_copier.h"
 #include "storage/store_state.h"
 #include "transport/grants.h"
 #include "transport/transport.h"
@@ -59,6 +60,8 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   // Transfers will touch it: a NIC may be told of it, for as long as it lives. Progress thread.
   void know(const std::shared_ptr<const PagedKv>& cache);
   SendQueue& sends() { return sends_; }
+  // Null: the CPU copies. Progress thread.
+  NicCopier* copier() { return copier_.get(); }
   const std::vector<std::string>& addresses() const { return addresses_; }
 
   // Any thread.
@@ -115,6 +118,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   };
 
   Transport& transport(Scheme scheme);
+  const std::shared_ptr<RdmaDomain>& rdma();
   void dial(const std::shared_ptr<Dial>& dial, Transport::Connected done);
   void redial(const std::shared_ptr<Dial>& dial);
   void tick();
@@ -145,6 +149,8 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   std::unique_ptr<Store> store_;
   GrantTable grants_;
   SendQueue sends_;
+  std::shared_ptr<RdmaDomain> rdma_;  // once something needs it
+  std::unique_ptr<NicCopier> copier_;
   std::map<Scheme, std::unique_ptr<Transport>> transports_;
   std::vector<std::string> addresses_;
   std::vector<std::shared_ptr<Dial>> dials_;

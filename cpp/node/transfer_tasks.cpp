@@ -1,12 +1,17 @@
-// Grants and sends without a load around them.
+// Grants, sends and copies without a load around them.
 #include "node/transfer_tasks.h"
 
 #include "base/hash.h"
 #include "base/text.h"
+#include "memory/copier.h"
+#include "storage/store_state.h"
 
 namespace dualkv {
 
 namespace {
+
+constexpr std::uint64_t kCopyStepBytes = std::uint64_t{4} << 20;     // then others get their turn
+constexpr std::uint64_t kCopyWindowBytes = std::uint64_t{16} << 20;  // under way in the NIC
 
 void check_ids(const PagedKv& cache, const std::vector<std::uint32_t>& ids, std::uint32_t layers, const char* call) {
   if (cache.layers() != layers)
@@ -136,6 +141,85 @@ void SendTask::end(const Status& why) {
   const auto keep = shared_from_this();
   node_.progress().cancel(timer_);
   sender_.reset();
+  if (why.ok()) {
+    operation_.milestones()->reach(0);
+  } else {
+    operation_.milestones()->fail(why);
+  }
+}
+
+CopyTask::CopyTask(NodeState& node, CopyRequest request)
+    : node_(node),
+      request_(std::move(request)),
+      owner_(next_owner()),
+      left_(std::uint64_t{request_.layers.count} * request_.from_ids.size()) {}
+
+std::shared_ptr<CopyTask> CopyTask::begin(NodeState& node, CopyRequest request) {
+  const std::uint32_t layers = node.geometry().layers();
+  check_ids(*request.from, request.from_ids, layers, "copy");
+  check_ids(*request.to, request.to_ids, layers, "copy");
+  if (request.from_ids.size() != request.to_ids.size()) {
+    throw Error(Code::kInvalidArgument,
+                text("copy: ", request.from_ids.size(), " blocks to ", request.to_ids.size(), " places"));
+  }
+  const LayerRange range = request.layers;
+  if (range.count == 0 || std::uint64_t{range.first} + range.count > layers) {
+    throw Error(Code::kInvalidArgument, text("copy: layers ", range.first, " + ", range.count, " of ", layers));
+  }
+  node.know(request.from);
+  node.know(request.to);
+  std::shared_ptr<CopyTask> task(new CopyTask(node, std::move(request)));
+  node.add_task(task);
+  task->step_later();
+  return task;
+}
+
+void CopyTask::step_later() {
+  if (std::exchange(stepping_, true)) return;
+  node_.progress().post([weak = weak_from_this()] {
+    const auto self = weak.lock();
+    if (!self) return;
+    self->stepping_ = false;
+    if (!self->ended_) self->step();
+  });
+}
+
+void CopyTask::step() {
+  const std::uint64_t blocks = request_.from_ids.size();
+  std::uint64_t budget = kCopyStepBytes;
+  NicCopier* copier = node_.copier();
+  while (next_ < blocks * request_.layers.count && budget > 0 && under_way_ < kCopyWindowBytes) {
+    const auto layer = static_cast<std::uint32_t>(request_.layers.first + next_ / blocks);
+    const std::uint64_t block = next_++ % blocks;
+    std::array<Extent, PagedKv::kMaxPlanes> from, to;
+    const auto source = std::span(from).first(request_.from->extents(layer, request_.from_ids[block], from));
+    const auto target = std::span(to).first(request_.to->extents(layer, request_.to_ids[block], to));
+    const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
+    budget -= std::min(budget, bytes);
+    under_way_ += bytes;
+    if (copier == nullptr) {
+      copy(source, target);
+      copied(bytes);
+      continue;
+    }
+    copier->copy(source, target, owner_, nullptr, [weak = weak_from_this(), bytes] {
+      if (const auto self = weak.lock()) self->copied(bytes);
+    });
+  }
+  if (next_ < blocks * request_.layers.count && under_way_ < kCopyWindowBytes) step_later();
+}
+
+void CopyTask::copied(std::uint64_t bytes) {
+  if (ended_) return;
+  under_way_ -= bytes;
+  if (--left_ == 0) return end({});
+  if (node_.copier() != nullptr) step_later();
+}
+
+void CopyTask::end(const Status& why) {
+  if (std::exchange(ended_, true)) return;
+  const auto keep = shared_from_this();
+  if (node_.copier() != nullptr) node_.copier()->withdraw(owner_);
   if (why.ok()) {
     operation_.milestones()->reach(0);
   } else {

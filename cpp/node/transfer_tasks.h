@@ -1,4 +1,4 @@
-// GrantTask and SendTask: layer-wise sends on their own, for engines that orchestrate by themselves.
+// GrantTask, SendTask and CopyTask: layer-wise transfers on their own, for engines that orchestrate by themselves.
 #pragma once
 
 #include <memory>
@@ -69,6 +69,35 @@ class SendTask : public NodeTask, public BlockSource, public std::enable_shared_
   std::unique_ptr<LayerSender> sender_;
   std::uint64_t left_ = 0;
   Progress::TimerId timer_ = 0;
+  bool ended_ = false;
+};
+
+// Copies within the node, a part at a time, so that the progress thread serves others in between.
+class CopyTask : public NodeTask, public std::enable_shared_from_this<CopyTask> {
+ public:
+  // Throws Error. Progress thread.
+  static std::shared_ptr<CopyTask> begin(NodeState& node, CopyRequest request);
+
+  const Operation& operation() const { return operation_; }
+  std::shared_ptr<NodeState> node() const { return node_.shared_from_this(); }
+  void end(const Status& why);
+  void on_link_closed(Link&, const Status&) override {}
+  void abort(const Status& why) override { end(why); }
+
+ private:
+  CopyTask(NodeState& node, CopyRequest request);
+  void step_later();
+  void step();
+  void copied(std::uint64_t bytes);
+
+  NodeState& node_;
+  const CopyRequest request_;
+  const std::uint64_t owner_;
+  Operation operation_;
+  std::uint64_t next_ = 0;       // Layer Blocks begun
+  std::uint64_t left_;           // not copied
+  std::uint64_t under_way_ = 0;  // bytes
+  bool stepping_ = false;
   bool ended_ = false;
 };
 

@@ -77,6 +77,8 @@ class QueuePair : public std::enable_shared_from_this<QueuePair> {
   std::size_t post(std::span<const RdmaWrite> writes);
   std::uint64_t doorbells() const { return doorbells_; }
   std::uint64_t work_requests() const { return work_requests_; }
+  // Of them, those that are known to have left.
+  std::uint64_t retired() const { return work_requests_ - used_; }
   // As the device says it (ibv_query_qp).
   LaneMark query() const;
   // When this returns nothing is read from or written to this node's memory any more. No events follow. Idempotent.

@@ -13,10 +13,10 @@ namespace {
 constexpr std::uint64_t kAtOnceBytes = std::uint64_t{64} << 20;
 constexpr auto kSweepPause = std::chrono::seconds(1);
 
-std::shared_ptr<const Registration> try_register(std::span<const std::unique_ptr<Rail>> rails,
-                                                 std::span<std::byte> memory, const RdmaOptions& options) {
+std::shared_ptr<const RdmaRegistration> try_register(std::span<const std::unique_ptr<Rail>> rails,
+                                                     std::span<std::byte> memory, const RdmaOptions& options) {
   try {
-    return std::make_shared<Registration>(rails, memory, options);
+    return std::make_shared<RdmaRegistration>(rails, memory, options);
   } catch (const Error&) {
     return nullptr;
   }
@@ -24,8 +24,8 @@ std::shared_ptr<const Registration> try_register(std::span<const std::unique_ptr
 
 }  // namespace
 
-Registration::Registration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
-                           const RdmaOptions& options)
+RdmaRegistration::RdmaRegistration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
+                                   const RdmaOptions& options)
     : rails_(rails), memory_(memory) {
   for (const auto& rail : rails) {
     Verbs& verbs = rail->verbs();
@@ -49,7 +49,7 @@ Registration::Registration(std::span<const std::unique_ptr<Rail>> rails, std::sp
   }
 }
 
-Registration::~Registration() {
+RdmaRegistration::~RdmaRegistration() {
   for (std::size_t i = 0; i < regions_.size(); ++i) rails_[i]->verbs().dereg_mr(regions_[i]);
 }
 
@@ -62,7 +62,7 @@ Registrations::Registrations(Progress& progress, Worker& worker, const KnownMemo
 
 Registrations::~Registrations() { progress_.cancel(timer_); }
 
-std::shared_ptr<const Registration> Registrations::find(const std::byte* data, std::uint64_t bytes) {
+std::shared_ptr<const RdmaRegistration> Registrations::find(const std::byte* data, std::uint64_t bytes) {
   const KnownMemory::Range* range = known_.find(data, bytes);
   if (range == nullptr) return nullptr;
   Entry& entry = entries_[range->id];
@@ -96,7 +96,7 @@ bool Registrations::make_room(std::uint64_t bytes) {
   return true;
 }
 
-std::shared_ptr<const Registration> Registrations::begin(const KnownMemory::Range& range) {
+std::shared_ptr<const RdmaRegistration> Registrations::begin(const KnownMemory::Range& range) {
   sweep();
   if (!make_room(range.memory.size())) {
     note_("rdma_registration_budget");
@@ -122,7 +122,8 @@ std::shared_ptr<const Registration> Registrations::begin(const KnownMemory::Rang
   return nullptr;
 }
 
-std::shared_ptr<const Registration> Registrations::settle(std::uint64_t id, std::shared_ptr<const Registration> made) {
+std::shared_ptr<const RdmaRegistration> Registrations::settle(std::uint64_t id,
+                                                              std::shared_ptr<const RdmaRegistration> made) {
   Entry& entry = entries_[id];
   entry.state = State::kNone;
   entry.registration = std::move(made);

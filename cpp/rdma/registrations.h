@@ -17,13 +17,14 @@
 namespace dualkv {
 
 // One range, registered with every rail. Immutable; ends when its last holder lets go of it.
-class Registration {
+class RdmaRegistration {
  public:
   // Throws Error. Blocking: pins all of the memory. Any thread.
-  Registration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory, const RdmaOptions& options);
-  ~Registration();
-  Registration(const Registration&) = delete;
-  Registration& operator=(const Registration&) = delete;
+  RdmaRegistration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
+                   const RdmaOptions& options);
+  ~RdmaRegistration();
+  RdmaRegistration(const RdmaRegistration&) = delete;
+  RdmaRegistration& operator=(const RdmaRegistration&) = delete;
 
   bool covers(const std::byte* data, std::uint64_t bytes) const {
     return data >= memory_.data() && data + bytes <= memory_.data() + memory_.size();
@@ -49,12 +50,12 @@ class Registrations {
   ~Registrations();
 
   // Null if the bytes are in no known range, or that is not registered (yet).
-  std::shared_ptr<const Registration> find(const std::byte* data, std::uint64_t bytes);
+  std::shared_ptr<const RdmaRegistration> find(const std::byte* data, std::uint64_t bytes);
 
  private:
   enum class State : std::uint8_t { kNone, kInWork, kRefused };
   struct Entry {
-    std::shared_ptr<const Registration> registration;
+    std::shared_ptr<const RdmaRegistration> registration;
     std::uint64_t used = 0;
     std::uint64_t bytes = 0;
     State state = State::kNone;
@@ -62,11 +63,11 @@ class Registrations {
   // What the worker has made, kept here and not in a task for the progress thread: that may outlive the rails.
   struct Made {
     std::mutex mutex;
-    std::vector<std::pair<std::uint64_t, std::shared_ptr<const Registration>>> registrations;
+    std::vector<std::pair<std::uint64_t, std::shared_ptr<const RdmaRegistration>>> registrations;
   };
   bool make_room(std::uint64_t bytes);
-  std::shared_ptr<const Registration> begin(const KnownMemory::Range& range);
-  std::shared_ptr<const Registration> settle(std::uint64_t id, std::shared_ptr<const Registration> made);
+  std::shared_ptr<const RdmaRegistration> begin(const KnownMemory::Range& range);
+  std::shared_ptr<const RdmaRegistration> settle(std::uint64_t id, std::shared_ptr<const RdmaRegistration> made);
   void collect();
   void sweep();
   void tick();

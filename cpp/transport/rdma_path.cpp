@@ -15,7 +15,6 @@ constexpr double kLongestPause = 2.0;
 constexpr double kAnswerTimeout = 5.0;  // the peer's kernel may look long for the way here
 constexpr double kSettled = 1.0;        // up for so long: the next failure is a new one
 constexpr std::uint32_t kProbe = 0;     // immediate data of the write that shows that a queue pair works
-constexpr std::uint64_t kLargestRequest = std::uint64_t{1} << 30;
 
 }  // namespace
 
@@ -242,7 +241,7 @@ void RdmaPath::before_inline(const WriteHeader& header) {
 
 // --- to the peer
 
-const Registration* RdmaPath::hold(const Extent& extent, Held& held) {
+const RdmaRegistration* RdmaPath::hold(const Extent& extent, Held& held) {
   // Whoever calls keeps the memory alive meanwhile, so what covers it now still does.
   for (const auto& registration : held) {
     if (registration->covers(extent.data, extent.bytes)) return registration.get();
@@ -291,7 +290,7 @@ bool RdmaPath::on_clear(std::span<const std::byte> body) {
   const auto found = outgoing_.find(clear->id);
   if (found == outgoing_.end()) return true;  // withdrawn, or sent inline meanwhile
   Outgoing& out = found->second;
-  if (!out.chain.empty()) return false;
+  if (!out.chain.writes().empty()) return false;
   Place& place = places_[out.place];
   if (clear->entries.empty()) {
     place.asked_bytes -= out.bytes;
@@ -307,63 +306,35 @@ bool RdmaPath::on_clear(std::span<const std::byte> body) {
   return true;
 }
 
-// Pairs the write's memory with the addresses it was cleared to: one request per run of the peer's memory.
+// Pairs the write's memory with the addresses it was cleared to.
 bool RdmaPath::build_chain(Outgoing& out, const WriteClear& clear) {
   const LayerWrite& write = *out.write;
   if (clear.entries.size() != write.blocks.size()) return false;
   const std::size_t rail = rail_of(out.place);
-  std::uint64_t total = 0;  // of the last request
   for (std::size_t i = 0; i < write.blocks.size(); ++i) {
     const WriteBlock& block = write.blocks[i];
     const WriteClear::Entry& entry = clear.entries[i];
     if (entry.count == 0) continue;
-    std::uint64_t bytes = 0, wanted = 0;
-    for (std::uint32_t k = 0; k < block.extents; ++k) bytes += block.source[k].bytes;
-    for (std::uint32_t k = 0; k < entry.count; ++k) {
-      if (entry.extents[k].bytes > bytes) return false;
-      wanted += entry.extents[k].bytes;
+    std::array<LocalExtent, PagedKv::kMaxPlanes> from;
+    std::uint64_t bytes = 0;
+    for (std::uint32_t k = 0; k < block.extents; ++k) {
+      const Extent& source = block.source[k];
+      from[k] = {source.data, source.bytes, hold(source, out.held)->local_key(rail)};
+      bytes += source.bytes;
     }
-    if (wanted != bytes) return false;
-    std::uint32_t from = 0, to = 0;
-    std::uint64_t read = 0, written = 0;  // of the current extents
-    while (bytes > 0) {
-      const Extent& source = block.source[from];
-      const RemoteExtent& target = entry.extents[to];
-      const std::uint64_t run = std::min({source.bytes - read, target.bytes - written, kLargestRequest});
-      const auto local = reinterpret_cast<std::uint64_t>(source.data + read);
-      const std::uint64_t remote = target.address + written;
-      const std::uint32_t local_key = hold(source, out.held)->local_key(rail);
-      const bool follows = !out.chain.empty() && out.chain.back().remote + total == remote &&
-                           out.chain.back().remote_key == target.key && total + run <= kLargestRequest;
-      if (!follows) {
-        out.chain.emplace_back().remote = remote;
-        out.chain.back().remote_key = target.key;
-        total = 0;
-      }
-      RdmaWrite* request = &out.chain.back();
-      ibv_sge* last = request->count > 0 ? &request->pieces[request->count - 1] : nullptr;
-      if (last != nullptr && last->addr + last->length == local && last->lkey == local_key) {
-        last->length += static_cast<std::uint32_t>(run);
-      } else {
-        if (request->count == RdmaWrite::kMaxPieces) {
-          request = &out.chain.emplace_back();
-          request->remote = remote;
-          request->remote_key = target.key;
-          total = 0;
-        }
-        request->pieces[request->count++] = {local, static_cast<std::uint32_t>(run), local_key};
-      }
-      total += run;
-      bytes -= run;
-      read += run;
-      written += run;
-      if (read == source.bytes) ++from, read = 0;
-      if (written == target.bytes) ++to, written = 0;
+    const auto to = std::span(entry.extents).first(entry.count);
+    std::uint64_t allowed = 0;
+    for (const RemoteExtent& extent : to) {
+      if (extent.bytes == 0 || extent.bytes > bytes) return false;
+      allowed += extent.bytes;
     }
+    if (allowed != bytes) return false;
+    out.chain.append(std::span(from).first(block.extents), to);
   }
-  if (out.chain.empty()) return false;  // nothing wanted is not cleared
-  out.chain.back().immediate = true;
-  out.chain.back().data = clear.immediate;
+  auto& writes = out.chain.writes();
+  if (writes.empty()) return false;  // nothing wanted is not cleared
+  writes.back().immediate = true;
+  writes.back().data = clear.immediate;
   return true;
 }
 
@@ -375,12 +346,13 @@ void RdmaPath::pump(std::size_t at) {
   batch_.clear();
   while (!place.ready.empty() && room > 0) {
     Outgoing& out = outgoing_.at(place.ready.front());
-    const std::size_t count = std::min(room, out.chain.size() - out.posted);
-    batch_.insert(batch_.end(), out.chain.begin() + static_cast<std::ptrdiff_t>(out.posted),
-                  out.chain.begin() + static_cast<std::ptrdiff_t>(out.posted + count));
+    const std::vector<RdmaWrite>& writes = out.chain.writes();
+    const std::size_t count = std::min(room, writes.size() - out.posted);
+    const auto first = writes.begin() + static_cast<std::ptrdiff_t>(out.posted);
+    batch_.insert(batch_.end(), first, first + static_cast<std::ptrdiff_t>(count));
     out.posted += count;
     room -= count;
-    if (out.posted < out.chain.size()) break;
+    if (out.posted < writes.size()) break;
     ++stats_.batches;
     stats_.bytes_written[static_cast<int>(out.write->lane)] += out.bytes;
     place.ready.pop_front();
@@ -492,7 +464,7 @@ bool RdmaPath::on_ask(Lane lane, std::span<const std::byte> body) {
     }
     clear.entries[i].count = static_cast<std::uint32_t>(count);
     for (std::size_t k = 0; k < count; ++k) {
-      const Registration* registration = hold(target[k], open.held);
+      const RdmaRegistration* registration = hold(target[k], open.held);
       if (registration == nullptr) {
         refuse_to_clear(lane, wanted.id);
         return true;

@@ -12,6 +12,7 @@
 #include "dualkv/rdma.h"
 #include "rdma/domain.h"
 #include "rdma/queue_pair.h"
+#include "rdma/write_chain.h"
 #include "transport/grants.h"
 #include "transport/transport.h"
 #include "transport/wire.h"
@@ -67,7 +68,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   void fence(std::uint64_t grant, std::span<const std::uint32_t> blocks) override;
 
  private:
-  using Held = std::vector<std::shared_ptr<const Registration>>;
+  using Held = std::vector<std::shared_ptr<const RdmaRegistration>>;
   enum class State : std::uint8_t { kDown, kOffered, kConnecting, kProbing, kUp };
   // A write of the peer that was cleared and has not come.
   struct Open {
@@ -96,7 +97,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
     const LayerWrite* write;
     std::size_t place;
     std::uint64_t bytes;
-    std::vector<RdmaWrite> chain;
+    WriteChain chain;
     std::size_t posted = 0;
     Held held;
   };
@@ -114,7 +115,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   // Ends the queue pair. What was under way to the peer goes inline; what was cleared for it will come so.
   void take_down(std::size_t place, bool tell_peer);
   // The registration of these bytes, kept in `held`; null if there is none.
-  const Registration* hold(const Extent& extent, Held& held);
+  const RdmaRegistration* hold(const Extent& extent, Held& held);
   bool build_chain(Outgoing& out, const WriteClear& clear);
   void pump(std::size_t place);
   // Leaves queue pairs whose writes get nowhere.

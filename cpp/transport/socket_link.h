@@ -33,16 +33,17 @@ class SocketLink : public Link,
                    public std::enable_shared_from_this<SocketLink> {
  public:
   SocketLink(Progress& progress, GrantTable& grants, LinkEvents& events, Scheme scheme, const TransportOptions& options,
-             std::string peer, std::shared_ptr<RdmaDomain> rdma)
+             std::string peer)
       : progress_(progress),
         grants_(grants),
         events_(events),
         scheme_(scheme),
         options_(options),
         peer_(std::move(peer)),
-        rdma_(std::move(rdma)),
         last_received_(Clock::now()) {
-    if (rdma_) path_ = std::make_unique<RdmaPath>(progress_, grants_, *rdma_, options_, peer_, *this);
+    if (scheme_ == Scheme::kRdma) {
+      path_ = std::make_unique<RdmaPath>(progress_, grants_, *options_.rdma, options_, peer_, *this);
+    }
   }
 
   // Adds a proven channel; true once the link is complete.
@@ -344,8 +345,7 @@ class SocketLink : public Link,
   std::vector<std::shared_ptr<Channel>> lanes_[kLaneCount];
   pid_t pid_ = 0;
   PeerMemory memory_;
-  const std::shared_ptr<RdmaDomain> rdma_;  // null: not an rdma link
-  std::unique_ptr<RdmaPath> path_;          // of rdma links
+  std::unique_ptr<RdmaPath> path_;  // of rdma links
   bool open_ = false;
   bool closed_ = false;
   Clock::time_point last_received_;

@@ -43,9 +43,6 @@ class SocketTransport : public Transport {
         options_(options),
         probe_(random_u64()) {
     if (scheme == Scheme::kShm) options_.channels_per_lane = 1;  // the channel carries references only
-    if (scheme != Scheme::kRdma) return;
-    rdma_ = std::make_shared<RdmaDomain>(options_.rdma, options_.numa_node, progress_, *options_.memory,
-                                         [this](const std::string& what) { events_.on_fallback(what); });
   }
 
   ~SocketTransport() override { close(); }
@@ -104,7 +101,6 @@ class SocketTransport : public Transport {
   GrantTable& grants_;
   LinkEvents& events_;
   TransportOptions options_;
-  std::shared_ptr<RdmaDomain> rdma_;  // of rdma
   const std::uint64_t probe_;
   std::map<int, Fd> listeners_;
   std::vector<std::string> socket_paths_;
@@ -402,7 +398,7 @@ void SocketTransport::proven(const std::shared_ptr<Handshake>& shake) {
   const auto key = std::pair(shake->theirs.name, shake->mine.session);
   std::shared_ptr<SocketLink>& link = shake->connector ? shake->dial->link : partial_[key];
   if (!link) {
-    link = std::make_shared<SocketLink>(progress_, grants_, events_, scheme_, options_, shake->theirs.name, rdma_);
+    link = std::make_shared<SocketLink>(progress_, grants_, events_, scheme_, options_, shake->theirs.name);
     std::erase_if(links_, [](const auto& weak) { return weak.expired(); });
     links_.push_back(link);
     if (!shake->connector) expire_partial(key);

@@ -14,8 +14,6 @@
 #include "dualkv/lane.h"
 #include "dualkv/node.h"
 #include "dualkv/paged_kv.h"
-#include "dualkv/rdma.h"
-#include "memory/known_memory.h"
 #include "memory/shared_regions.h"
 #include "transport/address.h"
 
@@ -76,6 +74,8 @@ class LinkEvents {
   virtual void on_fallback(const std::string& what) = 0;
 };
 
+class RdmaDomain;
+
 // What a transport needs to know of its node.
 struct TransportOptions {
   std::string name;
@@ -85,9 +85,7 @@ struct TransportOptions {
   std::uint64_t window_bytes = 0;
   double handshake_s = 0;
   std::shared_ptr<SharedRegions> regions;  // of this node, for peers on this host
-  RdmaOptions rdma;
-  std::shared_ptr<const KnownMemory> memory;  // of this node: what its NICs may be told of
-  int numa_node = -1;                         // of most of it
+  std::shared_ptr<RdmaDomain> rdma;        // for rdma links
 };
 
 class Progress;

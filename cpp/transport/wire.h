@@ -12,6 +12,7 @@
 #include "dualkv/geometry.h"
 #include "dualkv/paged_kv.h"
 #include "memory/shared_regions.h"
+#include "rdma/write_chain.h"
 
 namespace dualkv {
 
@@ -94,12 +95,6 @@ struct WriteAsk {
 };
 std::vector<std::byte> encode_write_ask(const WriteAsk& ask);
 std::optional<WriteAsk> decode_write_ask(std::span<const std::byte> body, const KvGeometry& geometry);
-
-struct RemoteExtent {
-  std::uint64_t address = 0;
-  std::uint64_t bytes = 0;
-  std::uint32_t key = 0;
-};
 
 struct WriteClear {
   struct Entry {

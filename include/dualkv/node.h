@@ -30,6 +30,20 @@ struct LaneOptions {
   int service_level = 0;  // of RDMA queue pairs, 0 to 15: picks the virtual lane on InfiniBand
 };
 
+// What copies Layer Blocks within a node.
+enum class CopyEngine : std::uint8_t {
+  kCpu,  // the progress thread
+  kNic,  // the NIC, by a write to itself on the LOW lane, so that copies delay the model's traffic no more than KV does
+};
+
+struct CopyStats {
+  CopyEngine engine = CopyEngine::kCpu;
+  std::string rail;  // of kNic: "mlx5_0:1"
+  std::uint64_t bytes_by_nic = 0;
+  std::uint64_t bytes_by_cpu = 0;
+  std::uint64_t doorbells = 0;
+};
+
 struct NodeOptions {
   std::string name;  // unique among peers, 1 to 128 bytes
   StoreOptions store;
@@ -39,8 +53,9 @@ struct NodeOptions {
   std::string secret;  // shared by all peers; required to listen on or connect to another host
   std::uint32_t connections_per_lane = 2;  // tcp; rdma: and queue pairs
   RdmaOptions rdma;
-  LaneOptions lanes[kLaneCount] = {{8, 1, 2}, {46, 6, 0}};     // LOW: CS1; HIGH: EF
-  std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;    // most bytes one write frame carries
+  CopyEngine copy = CopyEngine::kCpu;                        // staging to cache, and copy(); kNic needs an RDMA device
+  LaneOptions lanes[kLaneCount] = {{8, 1, 2}, {46, 6, 0}};   // LOW: CS1; HIGH: EF
+  std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;  // most bytes one write frame carries
   std::uint64_t write_window_bytes = std::uint64_t{16} << 20;  // unacknowledged bytes per link and lane
   double heartbeat_s = 0.1;                                    // a view is sent at least this often
   double peer_silence_s = 2.0;                                 // a link that received nothing for this long is lost
@@ -200,6 +215,15 @@ struct SendRequest {
   std::vector<std::uint64_t> checksums;
 };
 
+// Layer Blocks to copy within a node: blocks from_ids[i] of `from` become blocks to_ids[i] of `to`.
+struct CopyRequest {
+  std::shared_ptr<const PagedKv> from;
+  std::vector<std::uint32_t> from_ids;
+  std::shared_ptr<const PagedKv> to;
+  std::vector<std::uint32_t> to_ids;
+  LayerRange layers;
+};
+
 class NodeState;
 
 // A connected node. A handle; copies are the same peer. Thread-safe.
@@ -234,6 +258,7 @@ struct LinkStats {
 struct NodeStats {
   StoreStats store;
   StagingStats staging;
+  CopyStats copies;
   std::vector<LinkStats> links;
   std::uint32_t loads_active = 0;
   std::uint32_t loads_served = 0;  // active, on behalf of peers
@@ -274,6 +299,9 @@ class Node {
   // Lets `peer` write blocks 0..block_ids.size()-1 of every layer into `into`.
   Grant grant(const std::string& peer, std::shared_ptr<const PagedKv> into, std::vector<std::uint32_t> block_ids,
               double deadline_s);
+  // Copies layer by layer, by the engine the options chose. Both caches are borrowed until the Operation has ended;
+  // dropping its last copy ends it, with any part copied. Blocks must not overlap. Throws Error(kInvalidArgument).
+  Operation copy(CopyRequest request);
   // Zeroed memory, locked and in huge pages as the staging options say, that peers on this host read without the
   // kernel's help (shm): a place for the caches of engines on CPUs. Freed with the last copy. At most 63 at a time.
   // Throws Error(kNoSpace).

@@ -41,6 +41,7 @@ _NODE_OPTIONS = {
     "stall_s",
     "max_loads",
     "max_peers",
+    "copy",
 }
 _RDMA_OPTIONS = {
     "devices",
@@ -492,6 +493,31 @@ class Node:
     ) -> Operation:
         """Persists Full Blocks as soon as they are complete; see :meth:`Store.save`."""
         return self.store.save(keys, source, block_ids, parent=parent, deadline_s=deadline_s)
+
+    def copy(
+        self,
+        source: PagedKv,
+        source_ids: ArrayLike,
+        target: PagedKv,
+        target_ids: ArrayLike,
+        *,
+        layers: tuple[int, int] | None = None,
+    ) -> Operation:
+        """Copies blocks ``source_ids[i]`` of one cache to ``target_ids[i]`` of another, within this node, by layers.
+
+        By the engine that the option ``copy`` chose: the CPU (the progress thread, a part at a time), or the NIC, by a
+        write to itself on the LOW lane. Returns at once; both caches must not change until it is done. Dropping the
+        operation ends it, with any part copied.
+
+        Args:
+            layers: (first, count); all if left out.
+
+        Raises:
+            Error: ``invalid_argument``, with nothing copied.
+        """
+        first, count = layers if layers is not None else (0, self._geometry.layers)
+        from_ids, to_ids = block_ids_array(source_ids), block_ids_array(target_ids)
+        return Operation(self._core.copy(source, from_ids, target, to_ids, first, count), (source, target))
 
     def allocate(self, size: int | str) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """Zeroed memory that peers on this host read without the kernel's help when this node writes from it (shm).

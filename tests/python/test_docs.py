@@ -72,6 +72,8 @@ def cpp_defaults(header: str, struct_name: str) -> dict[str, Any]:
 def cpp_value(text: str) -> Any:
     text = re.sub(r"std::uint64_t\{(\d+)\}", r"\1", text)
     text = text.replace("true", "True").replace("false", "False").replace("{", "[").replace("}", "]")
+    if enumerator := re.fullmatch(r"\w+::k(\w+)", text):
+        return enumerator[1].lower()
     shift = re.fullmatch(r"(\d+) << (\d+)", text)
     return int(shift[1]) << int(shift[2]) if shift else ast.literal_eval(text)
 

@@ -18,7 +18,7 @@ CPP = {
     "transport": {"base", "memory", "rdma", "shim", "transport"},
     "policy": {"base", "policy"},
     "sim": {"base", "sim"},  # policies as everybody sees them: through include
-    "node": {"base", "memory", "node", "policy", "storage", "transport"},
+    "node": {"base", "memory", "node", "policy", "rdma", "storage", "transport"},
     "limits": {"base", "limits", "memory", "shim"},
 }
 # Vendor headers and the one file that may include each.

@@ -217,6 +217,29 @@ def transfer(**options: Any) -> "Measurement":
     return functools.partial(run_transfer, TransferOptions(**options))
 
 
+@bench.command(epilog="Example: dualkv bench copy --engine nic --block-bytes 64KiB --counts 1000")
+@measured(repeats=7, quick={"counts": (1, 64), "block_bytes": (64 << 10,), "repeats": 2})
+@click.option(
+    "--engine",
+    default="cpu,nic",
+    callback=values.names("cpu", "nic"),
+    show_default=True,
+    metavar="NAME[,...]",
+    help="The option copy of a node; one that this machine has not is named and left out.",
+)
+@_sizes_option("4KiB,64KiB,1MiB,4MiB")
+@click.option("--counts", default="1,64,1000,15000", callback=values.numbers, show_default=True, metavar="N[,...]")
+@click.option(
+    "--most", default="1GiB", callback=values.size, show_default=True, metavar="SIZE", help="Larger cases are left out."
+)
+@click.option("--rdma-device", default="", metavar="NAME", help="Of nic; else the nearest.")
+def copy(**options: Any) -> "Measurement":
+    """Copy blocks within a node, by its CPU or by its NIC, against memcpy."""
+    from dualkv.bench.copy import CopyOptions, run_copy
+
+    return functools.partial(run_copy, CopyOptions(**options))
+
+
 @bench.command(epilog="Example: dualkv bench peers --nixl-python ~/nixl/bin/python --mooncake-python ~/mc/bin/python")
 @measured(repeats=7, quick={"total": 8 << 20, "block_bytes": (64 << 10,), "repeats": 2})
 @_nixl_python

@@ -51,6 +51,11 @@ FALLBACKS = {
         "the same user and pid namespace for both, and /proc mounted",
         "shm",
     ),
+    "copy_by_cpu": Fallback(
+        "copy='nic', and the CPU copied: the queue pair was not up, or the memory was not registered (yet)",
+        "a higher memlock limit; `dualkv doctor` on the RDMA port",
+        "RDMA",
+    ),
     "rdma_inline": Fallback(
         "a frame of an rdma link went over TCP: no queue pair was up, or its memory was not registered (yet)",
         "`last_failure` of the link's rdma in Node.stats() says why",

@@ -1,0 +1,40 @@
+// WriteChain: pairs memory of this node with memory that may be written, as few requests as possible.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "rdma/queue_pair.h"
+
+namespace dualkv {
+
+// Registered memory of this node.
+struct LocalExtent {
+  const std::byte* data = nullptr;
+  std::uint64_t bytes = 0;
+  std::uint32_t key = 0;
+};
+
+// Memory that a queue pair's other side may write to.
+struct RemoteExtent {
+  std::uint64_t address = 0;
+  std::uint64_t bytes = 0;
+  std::uint32_t key = 0;
+};
+
+// A value. One request per run of the other side's memory, gathered from up to RdmaWrite::kMaxPieces of this one's.
+class WriteChain {
+ public:
+  void reserve(std::size_t writes) { writes_.reserve(writes); }
+  // Both must have as many bytes in all.
+  void append(std::span<const LocalExtent> from, std::span<const RemoteExtent> to);
+  std::vector<RdmaWrite>& writes() { return writes_; }
+  const std::vector<RdmaWrite>& writes() const { return writes_; }
+
+ private:
+  std::vector<RdmaWrite> writes_;
+  std::uint64_t last_bytes_ = 0;  // of the last request
+};
+
+}  // namespace dualkv
