@@ -19,12 +19,6 @@ class KnownMemory {
     std::span<std::byte> memory;
     std::vector<std::weak_ptr<const void>> owners;
 
-    std::shared_ptr<const void> owner() const {
-      for (const auto& weak : owners) {
-        if (auto owner = weak.lock()) return owner;
-      }
-      return nullptr;
-    }
     bool alive() const {
       return std::any_of(owners.begin(), owners.end(), [](const auto& owner) { return !owner.expired(); });
     }

@@ -356,7 +356,6 @@ void NodeState::for_each_task(Visit visit) {
 
 NodeView NodeState::view() const {
   const StoreStats store = store_->stats();
-  memory_->add(pool_.memory(), std::shared_ptr<const void>(alive_));
   const StagingStats staging = pool_.stats();
   NodeView view;
   view.name = options_.name;

@@ -150,6 +150,8 @@ void ServeTask::read(const ReadBlocks& message) {
 
 void ServeTask::start_read(const BlockToRead& block) {
   if (!open_.decode) return reads_->add(block.block, block.key);
+  // What was published of it, and is still under way, is not wanted any more.
+  node_.grants().fence(grant_, {&block.block, 1});
   reading_[block.block] = reads_->groups();
   reads_->add(block.block, block.key, slots_[block.block]);
 }
@@ -178,6 +180,7 @@ void ServeTask::note_checksums(std::uint32_t block, LayerRange layers, const Slo
 }
 
 void ServeTask::on_own_read(std::uint32_t block, LayerRange layers, const Slot& slot) {
+  node_.grants().fence(grant_, {&block, 1});
   // The slot was replaced while this was being read, for something that the prefill node had published before it asked.
   const bool elsewhere = slot != slots_[block];
   for (std::uint32_t layer = layers.first; layer < layers.first + layers.count; ++layer) {
@@ -244,6 +247,7 @@ bool ServeTask::take_fresh_slot(std::uint32_t block) {
     });
     return false;
   }
+  node_.grants().fence(grant_, {&block, 1});
   const Slot before = std::exchange(slots_[block], std::move(fresh));
   const KvGeometry& geometry = node_.geometry();
   for (std::uint32_t layer = 0; layer < layers_; ++layer) {

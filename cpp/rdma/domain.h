@@ -21,17 +21,20 @@ class RdmaDomain {
              const std::function<void(const std::string&)>& note)
       : options_(options),
         rails_(Rail::open_all(options, numa_node, progress, [note](const std::string&) { note("rdma_device_fault"); })),
-        registrations_(progress, worker_, known, rails_, options_, note) {}
+        registrations_(progress, pinning_, known, rails_, options_, note) {}
 
   const RdmaOptions& options() const { return options_; }
   const std::vector<std::unique_ptr<Rail>>& rails() const { return rails_; }
   Registrations& registrations() { return registrations_; }
+  // For calls that may block.
   Worker& worker() { return worker_; }
 
  private:
   const RdmaOptions options_;
   const std::vector<std::unique_ptr<Rail>> rails_;
-  Worker worker_;  // ends after the registrations and before the rails
+  // They end after the registrations and before the rails.
+  Worker worker_;
+  Worker pinning_;
   Registrations registrations_;
 };
 

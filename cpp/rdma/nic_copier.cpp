@@ -19,6 +19,7 @@ NicCopier::NicCopier(Progress& progress, RdmaDomain& domain, const LaneMark& mar
     : progress_(progress), domain_(domain), mark_(mark), note_(std::move(note)) {
   stats_.engine = CopyEngine::kNic;
   stats_.rail = domain_.rails().front()->name();
+  pending_ = WriteChain(domain_.rails().front()->attributes().max_msg_sz);
   connect();
 }
 
@@ -153,7 +154,7 @@ void NicCopier::reset(std::uint64_t except) {
   up_ = false;
   if (pair_) pair_->close();
   pair_.reset();
-  pending_ = {};
+  pending_.writes().clear();
   posted_ = 0;
   for (Job& job : std::exchange(jobs_, {})) {
     if (job.owner == except) continue;

@@ -79,6 +79,7 @@ void QueuePair::create_pair(const RdmaOptions& options) {
                                     IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
   if (error != 0) fail_with("queue pair to INIT", error);
   receive(options.receive_depth);
+  if (failed_) fail_with(text("no receives on ", rail_.name()), 0);
   verbs.req_notify_cq(handles_->completions, 0);
   address_.number = handles_->pair->qp_num;
   address_.packet_sequence = static_cast<std::uint32_t>(random_u64()) & kSequenceMask;
@@ -117,6 +118,7 @@ void QueuePair::connect(const QueuePairAddress& remote, const LaneMark& mark, co
   worker.post([handles = handles_, ready, send, done = std::move(done), name = rail_.name(),
                same_kind = remote.ethernet == address_.ethernet, weak = weak_from_this(),
                &progress = rail_.progress()]() mutable {
+    if (weak.expired()) return;  // closed meanwhile: nobody waits for it
     Status status;
     if (!same_kind) {
       status = {Code::kIo, 0, "one side's port is InfiniBand, the other's Ethernet; list rails in one order"};
@@ -197,7 +199,12 @@ void QueuePair::close() {
 }
 
 QueuePair::Handles::~Handles() {
-  if (pair != nullptr) verbs.destroy_qp(pair);
+  if (pair != nullptr && verbs.destroy_qp(pair) != 0) {
+    // Refused: then at least it must not move bytes any more.
+    ibv_qp_attr error{};
+    error.qp_state = IBV_QPS_ERR;
+    verbs.modify_qp(pair, &error, IBV_QP_STATE);
+  }
   // Waits until its events have been acknowledged: whoever has one may still use this.
   if (completions != nullptr) verbs.destroy_cq(completions);
 }

@@ -108,9 +108,8 @@ std::shared_ptr<const RdmaRegistration> Registrations::begin(const KnownMemory::
   registered_ += entry.bytes;
   if (entry.bytes <= kAtOnceBytes) return settle(range.id, try_register(rails_, range.memory, options_));
   worker_.post([this, made = made_, rails = rails_, options = options_, &progress = progress_, id = range.id,
-                memory = range.memory, owner = range.owner()]() mutable {
+                memory = range.memory] {
     auto registration = try_register(rails, memory, options);
-    owner.reset();
     {
       const std::lock_guard lock(made->mutex);
       made->registrations.emplace_back(id, std::move(registration));
@@ -141,7 +140,15 @@ void Registrations::collect() {
     const std::lock_guard lock(made_->mutex);
     made.swap(made_->registrations);
   }
-  for (auto& [id, registration] : made) settle(id, std::move(registration));
+  for (auto& [id, registration] : made) {
+    if (known_.knows(id)) {
+      settle(id, std::move(registration));
+      continue;
+    }
+    // The range ended meanwhile: its pages may be others' now.
+    registered_ -= entries_[id].bytes;
+    entries_.erase(id);
+  }
 }
 
 // Pinned pages stay with the process, also after they were freed: what has ended is let go of soon.

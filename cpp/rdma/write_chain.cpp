@@ -5,14 +5,10 @@
 
 namespace dualkv {
 
-namespace {
-constexpr std::uint64_t kLargestRequest = std::uint64_t{1} << 30;  // what every device takes
-}  // namespace
-
 void WriteChain::append(std::span<const LocalExtent> from, std::span<const RemoteExtent> to) {
   std::uint64_t read = 0, written = 0;  // of the first of each
   while (!from.empty() && !to.empty()) {
-    const std::uint64_t run = std::min({from[0].bytes - read, to[0].bytes - written, kLargestRequest});
+    const std::uint64_t run = std::min({from[0].bytes - read, to[0].bytes - written, largest_});
     const auto local = reinterpret_cast<std::uint64_t>(from[0].data + read);
     const std::uint64_t remote = to[0].address + written;
     const auto begin = [&] {
@@ -21,7 +17,7 @@ void WriteChain::append(std::span<const LocalExtent> from, std::span<const Remot
       last_bytes_ = 0;
     };
     const bool follows = !writes_.empty() && writes_.back().remote + last_bytes_ == remote &&
-                         writes_.back().remote_key == to[0].key && last_bytes_ + run <= kLargestRequest;
+                         writes_.back().remote_key == to[0].key && last_bytes_ + run <= largest_;
     if (!follows) begin();
     RdmaWrite* write = &writes_.back();
     ibv_sge* last = write->count > 0 ? &write->pieces[write->count - 1] : nullptr;

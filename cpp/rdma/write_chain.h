@@ -1,6 +1,7 @@
 // WriteChain: pairs memory of this node with memory that may be written, as few requests as possible.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -26,6 +27,8 @@ struct RemoteExtent {
 // A value. One request per run of the other side's memory, gathered from up to RdmaWrite::kMaxPieces of this one's.
 class WriteChain {
  public:
+  // `largest`: of one request; ports say (ibv_port_attr::max_msg_sz).
+  explicit WriteChain(std::uint64_t largest = kLargest) : largest_(std::min(largest, kLargest)) {}
   void reserve(std::size_t writes) { writes_.reserve(writes); }
   // Both must have as many bytes in all.
   void append(std::span<const LocalExtent> from, std::span<const RemoteExtent> to);
@@ -33,6 +36,8 @@ class WriteChain {
   const std::vector<RdmaWrite>& writes() const { return writes_; }
 
  private:
+  static constexpr std::uint64_t kLargest = std::uint64_t{1} << 30;
+  std::uint64_t largest_;
   std::vector<RdmaWrite> writes_;
   std::uint64_t last_bytes_ = 0;  // of the last request
 };

@@ -28,7 +28,8 @@ std::uint64_t GrantTable::add(GrantSink& sink, const std::string& peer) {
 }
 
 void GrantTable::remove(std::uint64_t grant) {
-  if (grants_.erase(grant) > 0) fence(grant, {});
+  grants_.erase(grant);
+  fence(grant, {});
 }
 
 void GrantTable::fence(std::uint64_t grant, std::span<const std::uint32_t> blocks) {

@@ -36,7 +36,7 @@ RdmaPath::~RdmaPath() { close(); }
 
 void RdmaPath::start(bool leads) {
   leads_ = leads;
-  if (!leads_) return;
+  if (!leads_ || closed_) return;
   for (std::size_t i = 0; i < places_.size(); ++i) offer(i);
 }
 
@@ -46,8 +46,7 @@ void RdmaPath::close() {
   progress_.cancel(watch_);
   for (Place& place : places_) {
     progress_.cancel(place.timer);
-    if (place.pair) place.pair->close();
-    place.pair.reset();
+    end_pair(place);
     place.state = State::kDown;
     place.open.clear();
   }
@@ -55,6 +54,14 @@ void RdmaPath::close() {
 }
 
 // --- queue pairs come and go
+
+void RdmaPath::end_pair(Place& place) {
+  if (!place.pair) return;
+  stats_.doorbells += place.pair->doorbells();
+  stats_.work_requests += place.pair->work_requests();
+  place.pair->close();
+  place.pair.reset();
+}
 
 std::size_t RdmaPath::place_of(const QueuePair& pair) const {
   const auto found =
@@ -88,16 +95,17 @@ void RdmaPath::connect(std::size_t at, const RdmaSetup& remote) {
   places_[at].pair->connect(
       {remote.number, remote.packet_sequence, remote.lid, remote.mtu, remote.ethernet, remote.gid}, mark,
       domain_.options(), domain_.worker(), [this, at](const Status& status) {
-        if (!status.ok()) {
-          stats_.last_failure = status.message;
-          return take_down(at, true);
-        }
+        if (!status.ok()) return failed(at, status.message);
         Place& place = places_[at];
         place.state = State::kProbing;
         if (!leads_) return tell_step(at, RdmaSetup::Step::kAnswer);
         RdmaWrite probe;
         probe.immediate = true;
         probe.data = kProbe;
+        place.timer = progress_.at(Clock::now() + to_duration(domain_.options().stall_s), [this, at] {
+          places_[at].timer = 0;
+          failed(at, text(domain_.rails()[rail_of(at)]->name(), ": a write that tried the way got no answer"));
+        });
         place.pair->post({&probe, 1});
       });
 }
@@ -115,8 +123,7 @@ void RdmaPath::offer(std::size_t at) {
   tell_step(at, RdmaSetup::Step::kOffer);
   place.timer = progress_.at(Clock::now() + to_duration(kAnswerTimeout), [this, at] {
     places_[at].timer = 0;
-    stats_.last_failure = "the peer did not answer the offer of a queue pair";
-    take_down(at, true);
+    failed(at, "the peer did not answer the offer of a queue pair");
   });
 }
 
@@ -133,6 +140,7 @@ void RdmaPath::offer_later(std::size_t at) {
 
 void RdmaPath::set_up(std::size_t at) {
   Place& place = places_[at];
+  progress_.cancel(std::exchange(place.timer, 0));
   place.state = State::kUp;
   place.up_since = Clock::now();
   stats_.rebuilds += std::exchange(place.was_up, true);
@@ -180,12 +188,7 @@ void RdmaPath::take_down(std::size_t at, bool tell_peer) {
   progress_.cancel(std::exchange(place.timer, 0));
   if (place.state == State::kUp && Clock::now() - place.up_since > to_duration(kSettled)) place.pause_s = 0;
   place.state = State::kDown;
-  if (place.pair) {
-    stats_.doorbells += place.pair->doorbells();
-    stats_.work_requests += place.pair->work_requests();
-    place.pair->close();
-    place.pair.reset();
-  }
+  end_pair(place);
   place.open.clear();
   place.ready.clear();
   place.asked_bytes = 0;
@@ -196,19 +199,34 @@ void RdmaPath::take_down(std::size_t at, bool tell_peer) {
   }
   std::sort(ids.begin(), ids.end());
   for (const std::uint64_t id : ids) {
+    // Answered, and now not read any more; told when whoever took the queue pair down is through with it.
+    if (outgoing_.at(id).answer) {
+      answered_.push_back(id);
+      continue;
+    }
     outgoing_.erase(id);
     ++stats_.inline_batches;
     host_.send_inline(id);
   }
+  if (!answered_.empty()) {
+    progress_.post([this, alive = std::weak_ptr(alive_)] {
+      if (alive.expired()) return;
+      for (const std::uint64_t id : std::exchange(answered_, {})) finish(id);
+    });
+  }
   offer_later(at);
+}
+
+void RdmaPath::failed(std::size_t at, const std::string& why) {
+  ++stats_.failures;
+  stats_.last_failure = why;
+  take_down(at, true);
 }
 
 void RdmaPath::on_failed(QueuePair& pair, const std::string& why) {
   const std::size_t at = place_of(pair);
   if (at == places_.size()) return;
-  ++stats_.failures;
-  stats_.last_failure = text(places_[at].pair->rail().name(), ": ", why);
-  take_down(at, true);
+  failed(at, text(pair.rail().name(), ": ", why));
 }
 
 template <typename Match>
@@ -259,7 +277,9 @@ bool RdmaPath::write(const LayerWrite& write) {
     if (places_[at].state != State::kUp) continue;
     if (best == places_.size() || places_[at].asked_bytes < places_[best].asked_bytes) best = at;
   }
-  Outgoing out{&write, best, 0, {}, 0, {}};
+  Outgoing out;
+  out.write = &write;
+  out.place = best;
   WriteAsk ask{static_cast<std::uint32_t>(best), 0, {write.id, write.grant, write.layer, 0, 0, {}}};
   bool registered = best < places_.size();
   for (const WriteBlock& block : write.blocks) {
@@ -275,6 +295,7 @@ bool RdmaPath::write(const LayerWrite& write) {
     return false;
   }
   ask.epoch = places_[best].epoch;
+  out.chain = WriteChain(domain_.rails()[rail_of(best)]->attributes().max_msg_sz);
   out.chain.reserve(write.blocks.size());
   if (places_[best].asked_bytes == 0) places_[best].progress_at = Clock::now();
   places_[best].asked_bytes += out.bytes;
@@ -330,6 +351,7 @@ bool RdmaPath::build_chain(Outgoing& out, const WriteClear& clear) {
     }
     if (allowed != bytes) return false;
     out.chain.append(std::span(from).first(block.extents), to);
+    out.wanted += bytes;
   }
   auto& writes = out.chain.writes();
   if (writes.empty()) return false;  // nothing wanted is not cleared
@@ -353,8 +375,9 @@ void RdmaPath::pump(std::size_t at) {
     out.posted += count;
     room -= count;
     if (out.posted < writes.size()) break;
+    out.last = place.pair->work_requests() + batch_.size();
     ++stats_.batches;
-    stats_.bytes_written[static_cast<int>(out.write->lane)] += out.bytes;
+    stats_.bytes_written[static_cast<int>(out.write->lane)] += out.wanted;
     place.ready.pop_front();
   }
   if (!batch_.empty()) place.pair->post(batch_);
@@ -368,7 +391,17 @@ void RdmaPath::on_room(QueuePair& pair) {
     set_up(at);
     tell_step(at, RdmaSetup::Step::kUp);
   }
+  std::vector<std::uint64_t> ids;
+  for (const auto& [id, out] : outgoing_) {
+    if (out.place == at && out.answer && has_left(out)) ids.push_back(id);
+  }
+  for (const std::uint64_t id : ids) finish(id);
   pump(at);
+}
+
+bool RdmaPath::has_left(const Outgoing& out) const {
+  const auto& pair = places_[out.place].pair;
+  return posted_all(out) && (!pair || pair->retired() >= out.last);
 }
 
 void RdmaPath::watch() {
@@ -377,33 +410,44 @@ void RdmaPath::watch() {
     watch_ = 0;
     for (std::size_t at = 0; at < places_.size(); ++at) {
       if (places_[at].asked_bytes == 0 || Clock::now() - places_[at].progress_at < to_duration(stall_s)) continue;
-      ++stats_.failures;
-      stats_.last_failure = text(domain_.rails()[rail_of(at)]->name(), ": no progress for ", stall_s, " s");
-      take_down(at, true);
+      failed(at, text(domain_.rails()[rail_of(at)]->name(), ": no progress for ", stall_s, " s"));
     }
     if (!outgoing_.empty()) watch();
   });
 }
 
-void RdmaPath::done(std::uint64_t id) {
-  const auto found = outgoing_.find(id);
-  if (found == outgoing_.end()) return;
-  Place& place = places_[found->second.place];
-  place.progress_at = Clock::now();
-  place.asked_bytes -= std::min(place.asked_bytes, found->second.bytes);
-  std::erase(place.ready, id);  // answered before it was posted: not wanted any more
-  outgoing_.erase(found);
+bool RdmaPath::on_done(std::uint64_t id, Outcome outcome) {
+  Outgoing& out = outgoing_.at(id);
+  places_[out.place].progress_at = Clock::now();
+  // An answer to what was not sent can only be that it is refused, or not wanted, before it was cleared.
+  if (!out.chain.writes().empty() && !posted_all(out)) return false;
+  if (out.answer) return false;
+  out.answer = outcome;
+  // The peer has it all, yet the NIC may want to read it again until it has heard so itself.
+  if (out.chain.writes().empty() || has_left(out)) finish(id);
+  return true;
+}
+
+void RdmaPath::finish(std::uint64_t id) {
+  const auto node = outgoing_.extract(id);
+  if (node.empty()) return;
+  const Outgoing& out = node.mapped();
+  Place& place = places_[out.place];
+  place.asked_bytes -= std::min(place.asked_bytes, out.bytes);
+  host_.finish(id, *out.answer);
 }
 
 bool RdmaPath::withdraw(std::uint64_t id) {
   const auto found = outgoing_.find(id);
   if (found == outgoing_.end()) return false;
   const std::size_t at = found->second.place;
+  const bool left = has_left(found->second);
   const bool posted = found->second.posted > 0;
   places_[at].asked_bytes -= std::min(places_[at].asked_bytes, found->second.bytes);
   std::erase(places_[at].ready, id);
   const Lane lane = found->second.write->lane;
   outgoing_.erase(found);
+  if (left) return true;
   if (posted) {
     // The NIC may be reading it at this moment.
     ++stats_.fences;
@@ -474,6 +518,11 @@ bool RdmaPath::on_ask(Lane lane, std::span<const std::byte> body) {
     }
     taken.entries.push_back(entry);
     open.blocks.push_back(entry.block);
+  }
+  // Looking for room may have ended the grant, or the queue pair for another's sake.
+  if (grants_.find(wanted.grant, peer_) != sink || !place.pair || ask->epoch != place.epoch) {
+    refuse_to_clear(lane, wanted.id);
+    return true;
   }
   open.inbound = std::make_unique<InboundWrite>(grants_, peer_, std::move(taken));
   if (open.blocks.empty()) {  // nothing of it is wanted any more

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -32,6 +33,8 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
     virtual void tell(FrameType type, std::span<const std::byte> body) = 0;  // on the control channel
     virtual void tell(Lane lane, FrameType type, std::span<const std::byte> body) = 0;
     virtual void send_inline(std::uint64_t id) = 0;
+    // The peer has answered, and the write's memory is not read any more.
+    virtual void finish(std::uint64_t id, Outcome outcome) = 0;
     // The bytes of a write are here, or it was refused.
     virtual void written(Lane lane, const InboundWrite& write, Outcome outcome) = 0;
     virtual void hostile() = 0;
@@ -42,7 +45,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
            std::string peer, Host& host);
   ~RdmaPath() override;
 
-  // `leads`: this side offers queue pairs; one of the two must.
+  // `leads`: this side offers queue pairs; one of the two must. Once.
   void start(bool leads);
   void close();
 
@@ -50,8 +53,9 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   bool write(const LayerWrite& write);
   // Its memory is not read any more when this returns. False if the path does not have it.
   bool withdraw(std::uint64_t id);
-  // The peer has verified or refused it.
-  void done(std::uint64_t id);
+  bool has(std::uint64_t id) const { return outgoing_.contains(id); }
+  // The peer has verified or refused one that the path has. False if it can't have done so yet.
+  bool on_done(std::uint64_t id, Outcome outcome);
   // Bytes of these blocks are about to come inline.
   void before_inline(const WriteHeader& header);
   // False for what no peer would send.
@@ -94,30 +98,37 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   };
   // A write to the peer.
   struct Outgoing {
-    const LayerWrite* write;
-    std::size_t place;
-    std::uint64_t bytes;
+    const LayerWrite* write = nullptr;
+    std::size_t place = 0;
+    std::uint64_t bytes = 0;
     WriteChain chain;
     std::size_t posted = 0;
     Held held;
+    std::uint64_t wanted = 0;  // bytes that were cleared
+    std::uint64_t last = 0;    // wholly posted: the NIC has read it when so many requests have left the queue pair
+    std::optional<Outcome> answer;
   };
 
   Lane lane_of(std::size_t place) const { return static_cast<Lane>(place / options_.channels_per_lane); }
   std::size_t rail_of(std::size_t place) const { return place % domain_.rails().size(); }
   std::size_t place_of(const QueuePair& pair) const;
-  std::shared_ptr<QueuePair> make_pair(std::size_t place);
   // Ends in kProbing, or down.
   void connect(std::size_t place, const RdmaSetup& remote);
   void tell_step(std::size_t place, RdmaSetup::Step step);
   void offer(std::size_t place);
   void offer_later(std::size_t place);
   void set_up(std::size_t place);
+  void end_pair(Place& place);
+  void failed(std::size_t place, const std::string& why);
   // Ends the queue pair. What was under way to the peer goes inline; what was cleared for it will come so.
   void take_down(std::size_t place, bool tell_peer);
   // The registration of these bytes, kept in `held`; null if there is none.
   const RdmaRegistration* hold(const Extent& extent, Held& held);
   bool build_chain(Outgoing& out, const WriteClear& clear);
   void pump(std::size_t place);
+  bool posted_all(const Outgoing& out) const { return out.last > 0; }
+  bool has_left(const Outgoing& out) const;
+  void finish(std::uint64_t id);
   // Leaves queue pairs whose writes get nowhere.
   void watch();
   void refuse_to_clear(Lane lane, std::uint64_t id);
@@ -136,7 +147,9 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   Progress::TimerId watch_ = 0;  // while writes are under way
   std::vector<Place> places_;
   std::unordered_map<std::uint64_t, Outgoing> outgoing_;
-  std::vector<RdmaWrite> batch_;  // scratch of pump()
+  std::vector<std::uint64_t> answered_;  // of queue pairs that were taken down, to be told
+  std::vector<RdmaWrite> batch_;         // scratch of pump()
+  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
   RdmaStats stats_;
 };
 

@@ -67,7 +67,7 @@ class SocketLink : public Link,
     tell_regions();
     events_.on_open(shared_from_this());
     for_each_channel([](Channel& channel) { channel.set_reading(true); });
-    if (path_) path_->start(connector);
+    if (path_ && open_) path_->start(connector);  // whoever heard of it may have closed it
   }
 
   // shm: what the peer may map, now.
@@ -163,12 +163,16 @@ class SocketLink : public Link,
 
   void on_payload(Channel& channel, InboundWrite& write) override {
     last_received_ = Clock::now();
+    stats_.bytes_received += payload_bytes(write);
     answer(channel, write, write.finish());
   }
 
  private:
+  std::uint64_t payload_bytes(const InboundWrite& write) const {
+    return write.header().entries.size() * grants_.geometry().layer_bytes(write.header().layer);
+  }
+
   void answer(Channel& channel, const InboundWrite& write, Outcome outcome) {
-    stats_.bytes_received += write.header().entries.size() * grants_.geometry().layer_bytes(write.header().layer);
     stats_.writes_rejected += outcome.code == Code::kRefused;
     stats_.writes_corrupt += outcome.code == Code::kCorrupt;
     channel.send(FrameType::kWriteDone, encode_write_done({write.header().id, outcome.code}));
@@ -195,9 +199,15 @@ class SocketLink : public Link,
   }
 
   // RdmaPath::Host. One channel a lane, so that what is said of a write arrives in order.
-  void tell(FrameType type, std::span<const std::byte> body) override { control_->send(type, body); }
+  void tell(FrameType type, std::span<const std::byte> body) override { tell(*control_, type, body); }
   void tell(Lane lane, FrameType type, std::span<const std::byte> body) override {
-    lanes_[static_cast<int>(lane)].front()->send(type, body);
+    tell(*lanes_[static_cast<int>(lane)].front(), type, body);
+  }
+  void finish(std::uint64_t id, Outcome outcome) override {
+    const auto node = pending_.extract(id);
+    if (node.empty()) return;
+    lane_bytes_[static_cast<int>(node.mapped().write.lane)] -= node.mapped().bytes;
+    events_.on_write_done(*this, id, outcome);
   }
   void send_inline(std::uint64_t id) override {
     events_.on_fallback("rdma_inline");
@@ -206,7 +216,16 @@ class SocketLink : public Link,
   }
   void written(Lane lane, const InboundWrite& write, Outcome outcome) override {
     last_received_ = Clock::now();
+    if (outcome.code != Code::kRefused) stats_.bytes_received += payload_bytes(write);
     answer(*lanes_[static_cast<int>(lane)].front(), write, outcome);
+  }
+  void tell(Channel& channel, FrameType type, std::span<const std::byte> body) {
+    channel.send(type, body);
+    if (channel.queued_bytes() <= kMaxQueuedMessageBytes + options_.window_bytes) return;
+    // Posted: the path is in the middle of its work.
+    progress_.post([weak = weak_from_this()] {
+      if (const auto self = weak.lock()) self->close({Code::kPeerLost, 0, "the peer reads no messages"});
+    });
   }
   void hostile() override {
     events_.on_hostile();
@@ -277,6 +296,7 @@ class SocketLink : public Link,
       if (path_) path_->before_inline(write->header());
       channel.receive(std::move(write));
     } else if (memory_.has(write->header().region)) {
+      stats_.bytes_received += payload_bytes(*write);
       answer(channel, *write, write->copy_from(memory_));
     } else {
       pull_all(*write);
@@ -325,11 +345,12 @@ class SocketLink : public Link,
   bool on_done(std::span<const std::byte> body) {
     const auto done = decode_write_done(body);
     if (!done) return false;
-    const auto node = pending_.extract(done->id);
-    if (node.empty()) return true;  // withdrawn
-    lane_bytes_[static_cast<int>(node.mapped().write.lane)] -= node.mapped().bytes;
-    if (path_) path_->done(done->id);
-    events_.on_write_done(*this, done->id, {done->code, 0});
+    const auto found = pending_.find(done->id);
+    if (found == pending_.end()) return true;  // withdrawn
+    // A frame that is still queued, as its answer came to another way it went: it must not be sent any more.
+    if (found->second.channel) found->second.channel->withdraw(done->id);
+    if (path_ && path_->has(done->id)) return path_->on_done(done->id, {done->code, 0});
+    finish(done->id, {done->code, 0});
     return true;
   }
 

@@ -335,6 +335,49 @@ TEST_F(RdmaTest, AnAnnouncementOfNothingEndsTheLink) {
   expect_recovery();
 }
 
+TEST_F(RdmaTest, LoadsThatEndWellLeaveTheQueuePairsAlone) {
+  start_all();
+  PlanRequest request;
+  request.keys = keys_;
+  request.prefill = pe_->view();
+  request.helpers = {pe_->peer("de").view()};
+  Split policy;
+  constexpr int kLoads = 20;
+  for (int i = 0; i < kLoads; ++i) {
+    HostCache cache(geometry_, kBlocks);
+    Load load = pe_->load({policy.plan(request), cache.paged(), iota_ids(kBlocks), 10});
+    ASSERT_TRUE(load.finish(in(10)).ok());
+    for (std::uint32_t block = 0; block < kBlocks; ++block) EXPECT_TRUE(cache.holds(block, block + 1));
+  }
+  EXPECT_GT(stats(*de_).batches, 0u);
+  // The end of a load may overtake the answer to its last write, and then a completion: rarely, and no more.
+  EXPECT_LE(stats(*de_).fences + stats(*pe_).fences, kLoads / 4u);
+}
+
+TEST_F(RdmaTest, AStrangerTooManyLeavesNothing) {
+  auto de = options("de");
+  de.max_peers = 1;
+  start_all(options("pe"), de);
+  Node third(geometry_, options("third"));
+  // Closed by the other side, or by the time it is looked at.
+  try {
+    third.connect(de_->addresses()[0]);
+  } catch (const Error&) {
+  }
+  Node fourth(geometry_, [&] {
+    NodeOptions few = options("fourth");
+    few.max_peers = 1;
+    return few;
+  }());
+  fourth.connect(third.addresses()[0]);
+  try {
+    fourth.connect(pe_->addresses()[0]);
+  } catch (const Error&) {
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  expect_recovery();
+}
+
 TEST_F(RdmaTest, MemoryBeyondTheBudgetGoesInline) {
   auto pe = options("pe"), de = options("de");
   de.rdma.registered_bytes = 1;

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import LONG_S, error_of, eventually
+from marks import needs_rdma
+from support import LONG_S, RDMA_DEVICES, error_of, eventually
 
 import dualkv
 from dualkv.bench import blocks, columns, machine, peer_runner, released, storage, transfer
@@ -60,10 +61,10 @@ def check(result: dict[str, Any], name: str, rows: int) -> None:
     assert not [label for label in result["labels"] if label.startswith("no ")]
     assert len(result["rows"]) == rows
     for row in result["rows"]:
-        check_row(row)
+        check_row(row, verifies=name != "copy")
 
 
-def check_row(row: dict[str, Any]) -> None:
+def check_row(row: dict[str, Any], *, verifies: bool = True) -> None:
     assert row.keys() > set(MEASURED)
     assert row["repeats"] == len(row["samples"]) == len(row["limit_samples"]) == len(row["cpu_samples"]) == 2
     assert row["gbps"] == pytest.approx(statistics.median(row["samples"]))
@@ -71,8 +72,9 @@ def check_row(row: dict[str, Any]) -> None:
     assert row["limit_gbps"] == pytest.approx(statistics.median(row["limit_samples"]))
     pairs = zip(row["samples"], row["limit_samples"], strict=True)
     assert row["ratio"] == pytest.approx(statistics.median(ours / limit for ours, limit in pairs))
-    for name in ("cpu_s_per_gb", "limit_cpu_s_per_gb", "checksum_share", "post_ns_per_block", "limit"):
+    for name in ("cpu_s_per_gb", "limit_cpu_s_per_gb", "post_ns_per_block", "limit"):
         assert row[name], name
+    assert bool(row["checksum_share"]) == verifies
     for name in ("prepare_us", "post_us", "latency_us"):
         assert row[name]["avg"] > 0, name
     # The transfer is what GB/s are made of, and the post is a part of it.
@@ -188,6 +190,34 @@ def test_bytes_that_arrive_wrong_are_noticed() -> None:
         sender._cache[3, 17] ^= 1
         with pytest.raises(dualkv.Error, match="1 of 8 blocks arrived wrong"):
             sender.ours()
+
+
+@needs_rdma
+def test_transfer_over_rdma_against_perftest() -> None:
+    result = run_quick("transfer", "--transport", "rdma", "--connections", "1", "--checksums", "known")
+    (row,) = result["rows"]
+    assert row["transport"] == "rdma"
+    assert "ib_write_bw" in row["limit"]
+    assert row["gbps"] > 0 < row["limit_gbps"]
+
+
+# --- copy
+
+
+@pytest.mark.parametrize("engine", ["cpu", pytest.param("nic", marks=needs_rdma)])
+def test_copy(engine: str) -> None:
+    result = run_quick("copy", "--engine", engine)
+    check(result, "copy", 2)
+    assert [(row["engine"], row["block_bytes"], row["count"]) for row in result["rows"]] == [
+        (engine, 64 * KIB, count) for count in (1, 64)
+    ]
+
+
+@pytest.mark.skipif(bool(RDMA_DEVICES), reason="this machine has an RDMA device")
+def test_a_copy_engine_that_is_not_there_is_named() -> None:
+    result = run_quick("copy", "--engine", "cpu,nic", "--counts", "1")
+    assert [row["engine"] for row in result["rows"]] == ["cpu"]
+    assert "unsupported: rdma" in result["labels"]["no nic, nic 1 x 64 KiB"]
 
 
 # --- peers
@@ -497,6 +527,10 @@ def test_report_of_peers_and_of_nothing(tmp_path: Path) -> None:
         (["transfer", "--block-bytes", "1001"], "multiple of 8"),
         (["transfer", "--count", "10000000"], "memory needed"),
         (["transfer", "--repeats", "0"], "repeats"),
+        (["transfer", "--transport", "rdma", "--rdma-devices", "a,b,c"], "no more"),
+        (["copy", "--engine", "pigeon"], "pigeon"),
+        (["copy", "--counts", "0"], "1 to 1048576"),
+        (["copy", "--most", "1KiB"], "raise --most"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_measured(
