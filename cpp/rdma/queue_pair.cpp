@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "base/hash.h"
 #include "base/text.h"
@@ -79,7 +80,7 @@ void QueuePair::create_pair(const RdmaOptions& options) {
                                     IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
   if (error != 0) fail_with("queue pair to INIT", error);
   receive(options.receive_depth);
-  if (failed_) fail_with(text("no receives on ", rail_.name()), 0);
+  if (!failure_.empty()) fail_with(text("no receives on ", rail_.name()), 0);
   verbs.req_notify_cq(handles_->completions, 0);
   address_.number = handles_->pair->qp_num;
   address_.packet_sequence = static_cast<std::uint32_t>(random_u64()) & kSequenceMask;
@@ -147,7 +148,7 @@ void QueuePair::receive(std::uint32_t count) {
   for (std::uint32_t i = 0; i < count; ++i) receives_[i].next = i + 1 < count ? &receives_[i + 1] : nullptr;
   ibv_recv_wr* bad = nullptr;
   if (count > 0 && rail_.verbs().post_recv(handles_->pair, receives_.data(), &bad) != 0)
-    fail("posting receives failed");
+    failure_ = "posting receives failed";
 }
 
 std::size_t QueuePair::post(std::span<const RdmaWrite> writes) {
@@ -227,43 +228,55 @@ void QueuePair::on_completions() {
   // Asked for before polling: what comes after the last look makes another event.
   rail_.verbs().req_notify_cq(handles_->completions, 0);
   for (int round = 0; round < kPollRounds; ++round) {
-    if (!drain()) return;
+    const bool more = collect();
+    dispatch();
+    if (!more || !handles_) return;
   }
+  dispatch_later();
+}
+
+void QueuePair::dispatch_later() {
   rail_.progress().post([weak = weak_from_this()] {
     if (const auto self = weak.lock()) self->on_completions();
   });
 }
 
-bool QueuePair::drain() {
+void QueuePair::look() {
+  if (!handles_) return;
+  while (collect()) continue;
+  if (!immediates_.empty() || has_room_ || !failure_.empty()) dispatch_later();
+}
+
+bool QueuePair::collect() {
   std::array<ibv_wc, kPollBatch> done;
   const int count = rail_.verbs().poll_cq(handles_->completions, kPollBatch, done.data());
-  if (count < 0) {
-    fail("polling completions failed");
-    return false;
-  }
   std::uint32_t received = 0;
-  bool room = false;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < count && failure_.empty(); ++i) {
     const ibv_wc& each = done[static_cast<std::size_t>(i)];
     if (each.status != IBV_WC_SUCCESS) {
-      fail(text(each.wr_id == kReceive ? "receive: " : "write: ", rail_.verbs().wc_status_str(each.status)));
-      return false;
-    }
-    if (each.wr_id == kReceive) {
+      failure_ = text(each.wr_id == kReceive ? "receive: " : "write: ", rail_.verbs().wc_status_str(each.status));
+    } else if (each.wr_id == kReceive) {
+      immediates_.push_back(be32toh(each.imm_data));
       ++received;
     } else {
       used_ -= static_cast<std::uint32_t>(each.wr_id);
-      room = true;
+      has_room_ = true;
     }
   }
-  // Before they are handled: whoever hears that a write is done may send the next one.
-  receive(received);
-  for (int i = 0; i < count && handles_; ++i) {
-    const ibv_wc& each = done[static_cast<std::size_t>(i)];
-    if (each.wr_id == kReceive) events_.on_immediate(*this, be32toh(each.imm_data));
+  if (count < 0) failure_ = "polling completions failed";
+  // Before they are told: whoever hears that a write is done may send the next one.
+  if (failure_.empty()) receive(received);
+  return count == kPollBatch && failure_.empty();
+}
+
+void QueuePair::dispatch() {
+  telling_.swap(immediates_);
+  for (const std::uint32_t data : telling_) {
+    if (handles_) events_.on_immediate(*this, data);
   }
-  if (room && handles_) events_.on_room(*this);
-  return count == kPollBatch && handles_ != nullptr;
+  telling_.clear();
+  if (std::exchange(has_room_, false) && handles_) events_.on_room(*this);
+  if (!failure_.empty() && handles_) fail(failure_);
 }
 
 }  // namespace dualkv

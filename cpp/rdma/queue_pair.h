@@ -79,6 +79,8 @@ class QueuePair : public std::enable_shared_from_this<QueuePair> {
   std::uint64_t work_requests() const { return work_requests_; }
   // Of them, those that are known to have left.
   std::uint64_t retired() const { return work_requests_ - used_; }
+  // Looks for completions now, so that retired() is up to date; events follow later, not from within this call.
+  void look();
   // As the device says it (ibv_query_qp).
   LaneMark query() const;
   // When this returns nothing is read from or written to this node's memory any more. No events follow. Idempotent.
@@ -102,7 +104,9 @@ class QueuePair : public std::enable_shared_from_this<QueuePair> {
   void create_pair(const RdmaOptions& options);
   void receive(std::uint32_t count);
   void on_completions();
-  bool drain();  // true if there may be more
+  void dispatch_later();
+  bool collect();  // true if there may be more
+  void dispatch();
   void fail(const std::string& why);
 
   Rail& rail_;
@@ -116,6 +120,10 @@ class QueuePair : public std::enable_shared_from_this<QueuePair> {
   std::uint32_t max_inline_ = 0;
   std::uint64_t doorbells_ = 0;
   std::uint64_t work_requests_ = 0;
+  // Collected and not told yet.
+  std::vector<std::uint32_t> immediates_, telling_;
+  bool has_room_ = false;
+  std::string failure_;
   std::vector<ibv_send_wr> requests_;  // scratch of post()
   std::vector<ibv_recv_wr> receives_;  // a chain of no bytes each
 };

@@ -7,19 +7,13 @@
 #include <vector>
 
 #include "rdma/queue_pair.h"
+#include "rdma/remote_extent.h"
 
 namespace dualkv {
 
 // Registered memory of this node.
 struct LocalExtent {
   const std::byte* data = nullptr;
-  std::uint64_t bytes = 0;
-  std::uint32_t key = 0;
-};
-
-// Memory that a queue pair's other side may write to.
-struct RemoteExtent {
-  std::uint64_t address = 0;
   std::uint64_t bytes = 0;
   std::uint32_t key = 0;
 };

@@ -441,6 +441,8 @@ bool RdmaPath::withdraw(std::uint64_t id) {
   const auto found = outgoing_.find(id);
   if (found == outgoing_.end()) return false;
   const std::size_t at = found->second.place;
+  // The end of a load may overtake the completion of its last write.
+  if (places_[at].pair && found->second.posted > 0) places_[at].pair->look();
   const bool left = has_left(found->second);
   const bool posted = found->second.posted > 0;
   places_[at].asked_bytes -= std::min(places_[at].asked_bytes, found->second.bytes);

@@ -12,7 +12,7 @@
 #include "dualkv/geometry.h"
 #include "dualkv/paged_kv.h"
 #include "memory/shared_regions.h"
-#include "rdma/write_chain.h"
+#include "rdma/remote_extent.h"
 
 namespace dualkv {
 

@@ -350,7 +350,7 @@ TEST_F(RdmaTest, LoadsThatEndWellLeaveTheQueuePairsAlone) {
     for (std::uint32_t block = 0; block < kBlocks; ++block) EXPECT_TRUE(cache.holds(block, block + 1));
   }
   EXPECT_GT(stats(*de_).batches, 0u);
-  // The end of a load may overtake the answer to its last write, and then a completion: rarely, and no more.
+  // The end of a load may overtake the acknowledgement of its last write: rarely, if it comes at all.
   EXPECT_LE(stats(*de_).fences + stats(*pe_).fences, kLoads / 4u);
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/bytes.h"
+#include "rdma/write_chain.h"
 #include "support.h"
 
 namespace dualkv::testing {
@@ -11,9 +12,9 @@ namespace {
 
 using Bytes = std::vector<std::byte>;
 
-constexpr FrameType kTypes[] = {FrameType::kHello,   FrameType::kChallenge, FrameType::kProof,
-                                FrameType::kWelcome, FrameType::kRefuse,    FrameType::kMessage,
-                                FrameType::kWrite,   FrameType::kWriteRef,  FrameType::kWriteDone};
+constexpr FrameType kTypes[] = {FrameType::kHello,     FrameType::kChallenge, FrameType::kProof, FrameType::kWelcome,
+                                FrameType::kRefuse,    FrameType::kMessage,   FrameType::kWrite, FrameType::kWriteRef,
+                                FrameType::kWriteDone, FrameType::kRdmaSetup};
 
 Bytes random_bytes(std::size_t count, std::uint32_t seed) {
   std::mt19937 random(seed);
@@ -110,7 +111,7 @@ TEST(Frame, UnknownTypesAreRefused) {
   std::uint16_t version;
   std::memcpy(&magic, good.data(), 4);
   std::memcpy(&version, good.data() + 4, 2);
-  for (const std::uint16_t type : {0, 11, 255, 256, 65535}) {
+  for (const std::uint16_t type : {0, 15, 255, 256, 65535}) {
     EXPECT_EQ(max_body_bytes(static_cast<FrameType>(type)), 0u);
     const Bytes frame = forged(magic, version, type, 0, 0);
     const auto header = header_of(frame);
@@ -229,6 +230,84 @@ TEST(WriteDoneFrame, RoundTripAndRefusals) {
   body[8] = std::byte{0};
   body.push_back(std::byte{0});
   EXPECT_FALSE(decode_write_done(body));
+}
+
+TEST(RdmaFrames, RoundTripAndRefusals) {
+  RdmaSetup setup{RdmaSetup::Step::kAnswer, 3, 9, 0x1234, 0xabcdef, 17, 5, true, {}};
+  for (std::size_t i = 0; i < setup.gid.size(); ++i) setup.gid[i] = static_cast<std::uint8_t>(i * 3);
+  Bytes body = encode_rdma_setup(setup);
+  const auto back = decode_rdma_setup(body);
+  ASSERT_TRUE(back);
+  EXPECT_EQ(back->step, RdmaSetup::Step::kAnswer);
+  EXPECT_EQ(std::tuple(back->pair, back->epoch, back->number, back->packet_sequence, back->lid, back->mtu),
+            std::tuple(3u, 9u, 0x1234u, 0xabcdefu, 17, 5));
+  EXPECT_TRUE(back->ethernet);
+  EXPECT_EQ(back->gid, setup.gid);
+  for (std::size_t size = 0; size < body.size(); ++size) EXPECT_FALSE(decode_rdma_setup(std::span(body).first(size)));
+  body[20] = std::byte{4};
+  EXPECT_FALSE(decode_rdma_setup(body)) << "an unknown step";
+  body[20] = std::byte{0};
+  body[19] = std::byte{2};
+  EXPECT_FALSE(decode_rdma_setup(body)) << "neither Ethernet nor not";
+
+  const KvGeometry geometry = small_geometry();
+  WriteAsk ask{5, 6, {7, 8, 3, 0, 0, std::vector<WriteEntry>(4)}};
+  ask.write.entries[2] = {11, 12, {}};
+  body = encode_write_ask(ask);
+  const auto asked = decode_write_ask(body, geometry);
+  ASSERT_TRUE(asked);
+  EXPECT_EQ(std::tuple(asked->pair, asked->epoch, asked->write.id, asked->write.layer), std::tuple(5u, 6u, 7u, 3u));
+  EXPECT_EQ(std::pair(asked->write.entries[2].block, asked->write.entries[2].checksum), std::pair(11u, 12ul));
+  for (std::size_t size = 0; size < body.size(); ++size) {
+    EXPECT_FALSE(decode_write_ask(std::span(body).first(size), geometry)) << size;
+  }
+  ask.write.layer = geometry.layers();
+  EXPECT_FALSE(decode_write_ask(encode_write_ask(ask), geometry)) << "a layer that is not there";
+
+  WriteClear clear{21, 22, std::vector<WriteClear::Entry>(3)};
+  clear.entries[1].count = 2;
+  clear.entries[1].extents[1] = {4096, 77, 9};
+  body = encode_write_clear(clear);
+  const auto cleared = decode_write_clear(body);
+  ASSERT_TRUE(cleared);
+  ASSERT_EQ(cleared->entries.size(), 3u);
+  EXPECT_EQ(cleared->entries[0].count, 0u);
+  const RemoteExtent& extent = cleared->entries[1].extents[1];
+  EXPECT_EQ(std::tuple(extent.address, extent.bytes, extent.key), std::tuple(4096ul, 77ul, 9u));
+  for (std::size_t size = 0; size < body.size(); ++size) EXPECT_FALSE(decode_write_clear(std::span(body).first(size)));
+  body[24] = std::byte{5};  // of the second entry: more extents than a block has
+  EXPECT_FALSE(decode_write_clear(body));
+  EXPECT_FALSE(decode_write_clear(encode_write_clear({1, 0, std::vector<WriteClear::Entry>(kMaxWriteBlocks + 1)})));
+
+  EXPECT_EQ(decode_write_drop(encode_write_drop(99)), 99u);
+  EXPECT_FALSE(decode_write_drop(Bytes(7)));
+}
+
+// One request per run of the target, gathered from the pieces of the source; no request over the limit.
+TEST(WriteChain, PairsRunsOfBothSides) {
+  std::vector<std::byte> memory(10000);
+  const auto local = [&](std::size_t at, std::uint64_t bytes) { return LocalExtent{memory.data() + at, bytes, 1}; };
+  WriteChain chain;
+  // Two planes into one run, whose end the next block's begins at.
+  chain.append(std::array{local(0, 100), local(5000, 100)}, std::array{RemoteExtent{1000, 200, 7}});
+  chain.append(std::array{local(100, 50)}, std::array{RemoteExtent{1200, 50, 7}});
+  ASSERT_EQ(chain.writes().size(), 1u);
+  EXPECT_EQ(chain.writes()[0].count, 3u);
+  // Another key, then one run into two.
+  chain.append(std::array{local(150, 50)}, std::array{RemoteExtent{1250, 50, 8}});
+  chain.append(std::array{local(200, 300)}, std::array{RemoteExtent{3000, 100, 8}, RemoteExtent{4000, 200, 8}});
+  ASSERT_EQ(chain.writes().size(), 4u);
+  EXPECT_EQ(chain.writes()[3].remote, 4000u);
+  EXPECT_EQ(chain.writes()[3].pieces[0].addr, reinterpret_cast<std::uint64_t>(memory.data() + 300));
+  WriteChain small(64);
+  small.append(std::array{local(0, 200)}, std::array{RemoteExtent{0, 200, 1}});
+  std::uint64_t total = 0;
+  for (const RdmaWrite& write : small.writes()) {
+    EXPECT_EQ(write.remote, total);
+    EXPECT_LE(write.pieces[0].length, 64u);
+    total += write.pieces[0].length;
+  }
+  EXPECT_EQ(total, 200u);
 }
 
 }  // namespace

@@ -51,6 +51,13 @@ void try_writes(Bytes in) {
   if (const auto done = dualkv::decode_write_done(in)) require(same(dualkv::encode_write_done(*done), in));
 }
 
+void try_rdma(Bytes in) {
+  if (const auto setup = dualkv::decode_rdma_setup(in)) require(same(dualkv::encode_rdma_setup(*setup), in));
+  if (const auto ask = dualkv::decode_write_ask(in, geometry())) require(same(dualkv::encode_write_ask(*ask), in));
+  if (const auto clear = dualkv::decode_write_clear(in)) require(same(dualkv::encode_write_clear(*clear), in));
+  if (const auto id = dualkv::decode_write_drop(in)) require(same(dualkv::encode_write_drop(*id), in));
+}
+
 void try_messages(Bytes in) {
   if (const auto hello = dualkv::decode_hello(in)) require(same(dualkv::encode_hello(*hello), in));
   if (const auto message = dualkv::decode_message(in)) require(same(dualkv::encode_message(*message), in));
@@ -76,6 +83,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const Bytes in = std::as_bytes(std::span(data, size));
   try_frame(in);
   try_writes(in);
+  try_rdma(in);
   try_messages(in);
   try_block(in);
   dualkv::TrailerInfo info;
