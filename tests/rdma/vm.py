@@ -77,6 +77,8 @@ def fetch_kernel(work: Path) -> Path:
     tree = work / "kernel"
     if tree.is_dir():
         return tree
+    if not sh("apt-cache", "search", "--names-only", "^linux-image-amd64$"):
+        sh("apt-get", "update", "-qq")
     depends = sh("apt-cache", "depends", "linux-image-amd64")
     package = next(line.split()[-1] for line in depends.splitlines() if "Depends:" in line)
     print(f"downloading {package} (70 MB)", flush=True)
