@@ -33,7 +33,7 @@ mkdir -p /root/out
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=1048576 out /root/out
 for each in proc sys dev; do mount --move /$each /root/$each; done
 mkdir -p /root/dev/shm /root/dev/pts
-mount -t tmpfs tmpfs /root/dev/shm; mount -t tmpfs tmpfs /root/tmp; mount -t devpts devpts /root/dev/pts
+mount -t tmpfs tmpfs /root/dev/shm; mount -t devpts devpts /root/dev/pts
 exec switch_root /root /bin/bash /out/run.sh
 """
 
