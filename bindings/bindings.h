@@ -59,6 +59,15 @@ inline void raise_if_failed(const Status& status) {
   if (!status.ok()) throw Error(status);
 }
 
+inline constexpr GpuCopy kGpuCopies[] = {GpuCopy::kAuto, GpuCopy::kMemcpy, GpuCopy::kBatch, GpuCopy::kKernel};
+// By the names of the option gpu_copy.
+inline GpuCopy to_gpu_copy(const std::string& name) {
+  for (const GpuCopy engine : kGpuCopies) {
+    if (name == to_string(engine)) return engine;
+  }
+  throw Error(Code::kInvalidArgument, "gpu_copy = '" + name + "': must be 'auto', 'memcpy', 'batch' or 'kernel'");
+}
+
 // The engine's memory, described once, with the Python objects that own it.
 struct Cache {
   std::shared_ptr<const PagedKv> kv;
@@ -91,5 +100,6 @@ void register_scheduler(py::module_& m);
 void register_node(py::module_& m);
 void register_limits(py::module_& m);
 void register_sim(py::module_& m);
+void register_gpu(py::module_& m);
 
 }  // namespace dualkv::bindings

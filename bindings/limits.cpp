@@ -47,6 +47,33 @@ void register_limits(py::module_& m) {
       .def(py::init<std::uint64_t, bool>(), py::call_guard<py::gil_scoped_release>())
       .def("run", &copy);
 
+  py::class_<limits::GpuSample>(limits, "GpuSample")
+      .def_readonly("sample", &limits::GpuSample::sample)
+      .def_readonly("submit_s", &limits::GpuSample::submit_s);
+  py::class_<limits::GpuArena>(limits, "GpuArena")
+      .def(py::init([](int gpu, bool to_gpu, std::uint64_t block_bytes, std::uint64_t count) {
+             return std::make_unique<limits::GpuArena>(limits::GpuCopies{gpu, to_gpu, block_bytes, count});
+           }),
+           py::call_guard<py::gil_scoped_release>())
+      .def("run",
+           [](limits::GpuArena& a, const std::string& engine) {
+             const GpuCopy by = to_gpu_copy(engine);
+             const py::gil_scoped_release release;
+             return a.run(by);
+           })
+      .def("run_verified",
+           [](limits::GpuArena& a, const std::string& engine) {
+             const GpuCopy by = to_gpu_copy(engine);
+             const py::gil_scoped_release release;
+             return a.run_verified(by);
+           })
+      .def("one_copy", &limits::GpuArena::one_copy, py::call_guard<py::gil_scoped_release>())
+      .def("moves_the_right_bytes", [](limits::GpuArena& a, const std::string& engine) {
+        const GpuCopy by = to_gpu_copy(engine);
+        const py::gil_scoped_release release;
+        return a.moves_the_right_bytes(by);
+      });
+
   py::class_<limits::SocketLimit>(limits, "SocketLimit")
       .def(py::init<std::uint64_t>(), py::call_guard<py::gil_scoped_release>())
       .def(

@@ -10,4 +10,5 @@ PYBIND11_MODULE(_dualkv, m) {
   dualkv::bindings::register_node(m);
   dualkv::bindings::register_limits(m);
   dualkv::bindings::register_sim(m);
+  dualkv::bindings::register_gpu(m);
 }

@@ -77,7 +77,43 @@ NodeOptions to_node_options(const py::dict& d) {
     throw Error(Code::kInvalidArgument, "node: copy = '" + copy + "': must be 'cpu' or 'nic'");
   }
   o.copy = copy == "nic" ? CopyEngine::kNic : CopyEngine::kCpu;
+  std::string gpu_copy = to_string(o.gpu.copy);
+  field(d, "gpu_copy", gpu_copy);
+  o.gpu.copy = to_gpu_copy(gpu_copy);
+  field(d, "gpu_verify", o.gpu.verify);
+  field(d, "gpu_bounce", o.gpu.bounce_bytes);
+  field(d, "gpu_gds", o.gpu.gds_bytes);
+  field(d, "gpu_rdma", o.gpu.rdma_bytes);
   return o;
+}
+
+py::dict to_dict(const GpuCopyStats& s) {
+  py::dict batches;
+  for (const GpuCopy engine : kGpuCopies) {
+    if (engine != GpuCopy::kAuto) batches[to_string(engine)] = s.batches[static_cast<std::size_t>(engine)];
+  }
+  py::dict out;
+  out["bytes"] = s.bytes;
+  out["runs"] = s.runs;
+  out["verified"] = s.verified;
+  out["batches"] = batches;
+  return out;
+}
+
+py::dict to_dict(const GpuStats& s) {
+  py::dict out;
+  out["gpu"] = s.ordinal;
+  out["name"] = s.name;
+  out["to_gpu"] = to_dict(s.to_gpu);
+  out["from_gpu"] = to_dict(s.from_gpu);
+  out["within"] = to_dict(s.within);
+  out["bounce_bytes"] = s.bounce_bytes;
+  out["gds_slots_bytes"] = s.gds_slots_bytes;
+  out["gds_bytes"] = s.gds_bytes;
+  out["rdma_slots_bytes"] = s.rdma_slots_bytes;
+  out["rdma_bytes"] = s.rdma_bytes;
+  out["rdma_by_dma_buf"] = s.rdma_by_dma_buf;
+  return out;
 }
 
 py::dict to_dict(const ReadTimes& t) {
@@ -148,6 +184,9 @@ py::dict to_dict(const NodeStats& s) {
   copies["doorbells"] = s.copies.doorbells;
   py::dict out;
   out["copies"] = copies;
+  py::list gpus;
+  for (const GpuStats& gpu : s.gpus) gpus.append(to_dict(gpu));
+  out["gpus"] = gpus;
   out["store"] = bindings::to_dict(s.store);
   out["staging"] = bindings::to_dict(s.staging);
   out["links"] = links;
@@ -188,11 +227,38 @@ void register_node(py::module_& m) {
              const py::gil_scoped_release release;
              l.add_blocks(more);
            })
-      .def("publish", &Load::publish)
+      .def("publish", py::overload_cast<std::uint32_t>(&Load::publish))
+      .def("publish_on_stream",
+           [](Load& l, std::uint32_t layer, std::uint64_t stream) {
+             const py::gil_scoped_release release;
+             l.publish(layer, reinterpret_cast<void*>(stream));
+           })
+      .def("open_gates",
+           [](Load& l, const LayerGates& gates, std::uint64_t stream) {
+             const py::gil_scoped_release release;
+             l.open_gates(gates, reinterpret_cast<void*>(stream));
+           })
+      .def("wait_on_stream",
+           [](const Load& l, std::uint32_t layer, std::uint64_t stream) {
+             const py::gil_scoped_release release;
+             l.wait_on_stream(layer, reinterpret_cast<void*>(stream));
+           })
       .def("release", &Load::release)
       .def("cancel", &Load::cancel, py::call_guard<py::gil_scoped_release>())
       .def("result", [](const Load& l) { return to_dict(l.result()); })
       .def_property_readonly("failed_block", &Load::failed_block);
+
+  py::class_<LayerGates>(m, "LayerGates", py::release_gil_before_calling_cpp_dtor())
+      .def_property_readonly("layers", &LayerGates::layers)
+      .def("wait",
+           [](const LayerGates& g, std::uint32_t layer, std::uint64_t stream) {
+             const py::gil_scoped_release release;
+             g.wait(layer, reinterpret_cast<void*>(stream));
+           })
+      .def("publish", [](const LayerGates& g, std::uint32_t layer, std::uint64_t stream) {
+        const py::gil_scoped_release release;
+        g.publish(layer, reinterpret_cast<void*>(stream));
+      });
 
   py::class_<Incoming>(m, "Incoming", py::release_gil_before_calling_cpp_dtor())
       .def_property_readonly("id", &Incoming::id)
@@ -299,6 +365,12 @@ void register_node(py::module_& m) {
                delete static_cast<std::shared_ptr<std::byte>*>(held);
              });
              return py::array_t<std::uint8_t>({static_cast<py::ssize_t>(bytes)}, raw, owner);
+           })
+      .def("layer_gates", &Node::layer_gates, py::call_guard<py::gil_scoped_release>())
+      .def("prepare",
+           [](Node& n, const Cache& cache) {
+             const py::gil_scoped_release release;
+             n.prepare(*cache.kv);
            })
       .def("stats",
            [](const Node& n) {

@@ -20,7 +20,8 @@ using Tokens = py::array_t<std::uint32_t, py::array::c_style | py::array::forcec
 using Planes = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
 
 // planes: [layers, planes, 3] of pointer, block stride, bytes. A plane of 0 bytes is absent.
-Cache make_cache(const KvGeometry& geometry, const Planes& planes, std::uint32_t block_count, py::object owners) {
+Cache make_cache(const KvGeometry& geometry, const Planes& planes, std::uint32_t block_count, int device,
+                 py::object owners) {
   if (planes.ndim() != 3 || planes.shape(2) != 3) {
     throw Error(Code::kInvalidArgument, "planes must have the shape [layers, planes, 3]");
   }
@@ -33,7 +34,7 @@ Cache make_cache(const KvGeometry& geometry, const Planes& planes, std::uint32_t
           {reinterpret_cast<std::byte*>(view(i, j, 0)), view(i, j, 1), view(i, j, 2)});
     }
   }
-  return {std::make_shared<PagedKv>(geometry, std::move(layers), block_count), std::move(owners)};
+  return {std::make_shared<PagedKv>(geometry, std::move(layers), block_count, device), std::move(owners)};
 }
 
 std::uint64_t checksum_of(const py::buffer& buffer) {
@@ -98,6 +99,7 @@ void register_values(py::module_& m) {
       .def(py::init(&make_cache))
       .def_property_readonly("block_count", [](const Cache& c) { return c.kv->block_count(); })
       .def_property_readonly("layers", [](const Cache& c) { return c.kv->layers(); })
+      .def_property_readonly("_device", [](const Cache& c) { return c.kv->device(); })
       .def("_checksums", [](const Cache& c, const Ids& ids, std::uint32_t first_layer, std::uint32_t layer_count) {
         const std::vector<std::uint32_t> blocks = to_ids(ids);
         std::vector<std::uint64_t> out;

@@ -35,6 +35,21 @@ std::uint64_t copy_checksum(std::span<const std::byte> source, std::span<const E
   return kernel().copy(source.data(), source.size(), target.data());
 }
 
+std::array<std::uint64_t, 32> checksum_constants() {
+  constexpr xxh_u64 initial[8] = XXH3_INIT_ACC;
+  std::array<std::uint64_t, 32> out;
+  static_assert(sizeof(XXH3_kSecret) + sizeof(initial) == sizeof(out));
+  std::memcpy(out.data(), XXH3_kSecret, sizeof(XXH3_kSecret));
+  std::memcpy(out.data() + sizeof(XXH3_kSecret) / sizeof(std::uint64_t), initial, sizeof(initial));
+  return out;
+}
+
+std::uint64_t checksum_of_lanes(std::span<const std::uint64_t, 8> lanes, std::uint64_t bytes) {
+  alignas(64) xxh_u64 acc[8];
+  std::memcpy(acc, lanes.data(), sizeof(acc));
+  return XXH3_mergeAccs(acc, XXH3_kSecret + XXH_SECRET_MERGEACCS_START, bytes * XXH_PRIME64_1);
+}
+
 Digest blake2b(std::span<const std::byte> key, std::span<const std::byte> first, std::span<const std::byte> second) {
   Digest digest;
   crypto_blake2b_ctx context;

@@ -1,12 +1,16 @@
-// Copies by the CPU between Layer Blocks: contiguous ones and the planes of paged caches (host memory).
+// Copies between Layer Blocks, contiguous ones and the planes of paged caches: by the CPU (host memory), and Copier:
+// what copies in its place.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <span>
 
 #include "dualkv/paged_kv.h"
+#include "dualkv/status.h"
 
 namespace dualkv {
 
@@ -25,12 +29,28 @@ inline void gather(std::span<const Extent> source, std::byte* target) {
   }
 }
 
-// Any runs to any others; both have as many bytes.
-inline void copy(std::span<const Extent> from, std::span<const Extent> to) {
+// Copies on the progress thread's behalf. Progress thread only.
+class Copier {
+ public:
+  using Done = std::function<void(const Status&)>;
+
+  virtual ~Copier() = default;
+  // Both have as many bytes, and at most PagedKv::kMaxPlanes extents. `keep` holds the host's memory until `done` or
+  // withdraw(). `done` may be called before this returns.
+  virtual void copy(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
+                    std::shared_ptr<void> keep, Done done) = 0;
+  // When this returns the owner's copies read and write nothing any more; no `done` follows.
+  virtual void withdraw(std::uint64_t owner) = 0;
+};
+
+// The runs of at most `most` bytes that are in a row on both sides, in order: use(from, offset in it, to, offset in it,
+// bytes). Both have as many bytes in all.
+template <typename From, typename To, typename Use>
+void for_each_run(std::span<const From> from, std::span<const To> to, Use use, std::uint64_t most = UINT64_MAX) {
   std::uint64_t read = 0, written = 0;  // of the first of each
   while (!from.empty() && !to.empty()) {
-    const std::uint64_t run = std::min(from[0].bytes - read, to[0].bytes - written);
-    std::memcpy(to[0].data + written, from[0].data + read, run);
+    const std::uint64_t run = std::min<std::uint64_t>({from[0].bytes - read, to[0].bytes - written, most});
+    use(from[0], read, to[0], written, run);
     read += run;
     written += run;
     if (read == from[0].bytes) {
@@ -42,6 +62,12 @@ inline void copy(std::span<const Extent> from, std::span<const Extent> to) {
       written = 0;
     }
   }
+}
+
+inline void copy(std::span<const Extent> from, std::span<const Extent> to) {
+  for_each_run(from, to,
+               [](const Extent& source, std::uint64_t read, const Extent& target, std::uint64_t written,
+                  std::uint64_t run) { std::memcpy(target.data + written, source.data + read, run); });
 }
 
 }  // namespace dualkv

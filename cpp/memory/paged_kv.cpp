@@ -7,6 +7,7 @@
 #include "base/hash.h"
 #include "base/text.h"
 #include "dualkv/status.h"
+#include "memory/cuda_device.h"
 
 namespace dualkv {
 
@@ -39,8 +40,10 @@ void check_layer(const KvGeometry& geometry, std::uint32_t layer, const std::vec
 
 }  // namespace
 
-PagedKv::PagedKv(const KvGeometry& geometry, std::vector<std::vector<Plane>> layers, std::uint32_t block_count)
-    : layers_(std::move(layers)), block_count_(block_count) {
+PagedKv::PagedKv(const KvGeometry& geometry, std::vector<std::vector<Plane>> layers, std::uint32_t block_count,
+                 int device)
+    : layers_(std::move(layers)), block_count_(block_count), device_(device) {
+  if (device_ < kHostMemory) throw Error(Code::kInvalidArgument, text("KV cache: there is no device ", device_));
   if (block_count_ == 0) throw Error(Code::kInvalidArgument, "KV cache has 0 blocks");
   if (layers_.size() != geometry.layers()) {
     throw Error(Code::kInvalidArgument,
@@ -85,6 +88,7 @@ std::vector<std::uint64_t> checksums(const PagedKv& cache, std::span<const std::
     if (id < cache.block_count()) continue;
     throw Error(Code::kInvalidArgument, text("checksums: block id ", id, " of ", cache.block_count(), " blocks"));
   }
+  if (!cache.on_host()) return cuda_checksums(cache, block_ids, first_layer, layer_count);
   std::vector<std::uint64_t> out;
   out.reserve(layer_count * block_ids.size());
   for (std::uint32_t layer = first_layer; layer < first_layer + layer_count; ++layer) {

@@ -16,11 +16,13 @@ std::uint32_t page_aligned_group(const KvGeometry& geometry, std::uint32_t layer
   return layers;
 }
 
-BlockReads::BlockReads(StoreState& store, std::uint32_t layers_per_read, std::uint32_t credit_layers, Done done)
+BlockReads::BlockReads(StoreState& store, std::uint32_t layers_per_read, std::uint32_t credit_layers, Done done,
+                       GpuStaging* gpu)
     : store_(store),
       per_read_(layers_per_read),
       credit_(credit_layers),
       done_(std::move(done)),
+      gpu_(gpu),
       times_((store.geometry().layers() + layers_per_read - 1) / layers_per_read) {}
 
 LayerRange BlockReads::layers_of(std::uint32_t group) const {
@@ -41,25 +43,35 @@ void BlockReads::credit(std::uint32_t layers) {
   const std::uint32_t before = allowed();
   credit_ = std::max(credit_, layers);
   for (std::uint32_t group = before; group < allowed(); ++group) {
-    for (std::size_t i = 0; i < submitted_; ++i) submit(blocks_[i], group);
+    for (std::size_t i = 0; i < submitted_; ++i) submit(blocks_[i], group, gpu_);
   }
   pump();
 }
 
 void BlockReads::pump() {
   for (std::uint32_t group = 0; group < allowed(); ++group) {
-    for (std::size_t i = submitted_; i < blocks_.size(); ++i) submit(blocks_[i], group);
+    for (std::size_t i = submitted_; i < blocks_.size(); ++i) submit(blocks_[i], group, gpu_);
   }
   submitted_ = blocks_.size();
   store_.reads().pump();
 }
 
-void BlockReads::submit(const Block& block, std::uint32_t group) {
+bool BlockReads::read_again(std::uint32_t block, std::uint32_t layer) {
+  const std::uint32_t group = layer / per_read_;
+  if (!again_.emplace(block, group).second) return false;
+  submit(*std::find_if(blocks_.begin(), blocks_.end(), [&](const Block& b) { return b.block == block; }), group,
+         nullptr);
+  store_.reads().pump();
+  return true;
+}
+
+void BlockReads::submit(const Block& block, std::uint32_t group, GpuStaging* gpu) {
   ++running_;
   store_.reads().submit({owner_, block.key, layers_of(group), block.slot, block.trailer,
                          [this, index = block.block, group, asked = Clock::now()](ReadResult result) {
                            on_done(index, group, asked, std::move(result));
-                         }});
+                         },
+                         gpu});
 }
 
 void BlockReads::on_done(std::uint32_t block, std::uint32_t group, Clock::time_point asked, ReadResult result) {

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "node/messages.h"
@@ -24,7 +26,9 @@ class BlockReads {
   // `done` gets the block, the layers and the result; it may destroy or cancel this object.
   using Done = std::function<void(std::uint32_t block, LayerRange layers, ReadResult result)>;
 
-  BlockReads(StoreState& store, std::uint32_t layers_per_read, std::uint32_t credit_layers, Done done);
+  // `gpu`: where the layers go, if not null.
+  BlockReads(StoreState& store, std::uint32_t layers_per_read, std::uint32_t credit_layers, Done done,
+             GpuStaging* gpu = nullptr);
   ~BlockReads() { store_.reads().cancel(owner_); }
   BlockReads(const BlockReads&) = delete;
   BlockReads& operator=(const BlockReads&) = delete;
@@ -34,6 +38,9 @@ class BlockReads {
   void credit(std::uint32_t layers);
   // After a batch of add().
   void pump();
+  // Once more, to the staging, what went wrong on its way to the GPU: the group of layers with this one. False if that
+  // has been asked for before.
+  bool read_again(std::uint32_t block, std::uint32_t layer);
   std::uint32_t groups() const { return static_cast<std::uint32_t>(times_.size()); }
   // Everything asked for so far has ended.
   bool idle() const { return running_ == 0; }
@@ -56,7 +63,7 @@ class BlockReads {
   LayerRange layers_of(std::uint32_t group) const;
   // Groups that have credit so far.
   std::uint32_t allowed() const;
-  void submit(const Block& block, std::uint32_t group);
+  void submit(const Block& block, std::uint32_t group, GpuStaging* gpu);
   void on_done(std::uint32_t block, std::uint32_t group, Clock::time_point asked, ReadResult result);
 
   StoreState& store_;
@@ -64,6 +71,8 @@ class BlockReads {
   const std::uint32_t per_read_;
   std::uint32_t credit_;
   const Done done_;
+  GpuStaging* const gpu_;
+  std::set<std::pair<std::uint32_t, std::uint32_t>> again_;  // block, group
   std::vector<Block> blocks_;
   std::size_t submitted_ = 0;  // blocks whose allowed groups have been submitted
   std::uint64_t running_ = 0;

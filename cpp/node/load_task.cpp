@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include "base/hash.h"
 #include "base/require.h"
@@ -30,6 +31,14 @@ std::shared_ptr<LoadTask> LoadTask::begin(NodeState& node, LoadRequest request) 
   std::shared_ptr<LoadTask> task(new LoadTask(node, std::move(request)));
   task->check_request();
   node.know(task->request_.into);
+  task->port_ = node.port(*task->request_.into);
+  if (task->port_ != nullptr) {
+    task->device_ = CudaDevice::open(task->request_.into->device());
+    task->landing_.emplace(*task->port_, task->owner_);
+    task->flags_ = task->port_->take_flags();
+    require(task->flags_ != nullptr, Code::kNoSpace, "load: no pinned memory for the flags that a GPU waits for");
+    task->flag_ = *reinterpret_cast<const std::uint32_t*>(task->flags_.get()) + 1;
+  }
   const Plan& plan = task->request_.plan;
   task->add_source(node.name(), Path::kPrefill, true);
   if (!plan.decode.empty()) {
@@ -166,11 +175,12 @@ void LoadTask::open_sources() {
       shares[(*source)->index].push_back(i);
     }
   }
-  reads_ = std::make_unique<BlockReads>(node_.storage(), per_read_, credit_,
-                                        [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
-                                          if (const auto self = weak.lock())
-                                            self->on_read(block, layers, std::move(result));
-                                        });
+  reads_ = std::make_unique<BlockReads>(
+      node_.storage(), per_read_, credit_,
+      [weak](std::uint32_t block, LayerRange layers, ReadResult result) {
+        if (const auto self = weak.lock()) self->on_read(block, layers, std::move(result));
+      },
+      port_ != nullptr ? port_->gds() : nullptr);
   for (std::size_t i = 1; i < sources_.size(); ++i) open_source(*sources_[i], shares[i]);
   for (std::uint32_t block : shares[0]) read_here(block);
   reads_->pump();
@@ -212,6 +222,8 @@ void LoadTask::read_here(std::uint32_t block) { reads_->add(block, request_.plan
 void LoadTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result) {
   if (ended_) return;
   if (!result.outcome.ok()) {
+    // What is stored may be right all the same.
+    if (result.gpu_slot && result.outcome.code != Code::kNotFound) return read_again(block, layers.first);
     blocks_[block].corrupt_in_storage |= result.outcome.code == Code::kCorrupt;
     if (blocks_[block].source == 0) {
       take_over(0, {block}, {result.outcome.code, result.outcome.os_errno, result.reason});
@@ -222,25 +234,64 @@ void LoadTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result
   const std::span<const std::byte> trailer(result.slot.get() + geometry.payload_bytes(), geometry.trailer_bytes());
   for (std::uint32_t layer = layers.first; layer < layers.first + layers.count && !ended_; ++layer) {
     if (!wanted(0, layer, block)) continue;
-    std::array<Extent, PagedKv::kMaxPlanes> target;
-    const std::size_t count = request_.into->extents(layer, block_ids_[block], target);
-    const auto places = std::span<const Extent>(target).first(count);
-    if (node_.copier() != nullptr) {
-      copy_by_nic(result.slot, layer, block, trailer_checksum(trailer, layer), places);
+    const std::uint64_t checksum = trailer_checksum(trailer, layer);
+    if (result.gpu_slot) {
+      check_in_gpu(result.gpu_slot, layer, block, checksum);
       continue;
     }
-    scatter(result.slot.get() + geometry.layer_offset(layer), places);
-    deliver(*sources_[0], layer, block, trailer_checksum(trailer, layer));
+    if (copier() != nullptr) {
+      copy_in(result.slot, /*in_gpu=*/false, layer, block, checksum);
+      continue;
+    }
+    std::array<Extent, PagedKv::kMaxPlanes> target;
+    const std::size_t count = request_.into->extents(layer, block_ids_[block], target);
+    scatter(result.slot.get() + geometry.layer_offset(layer), std::span<const Extent>(target).first(count));
+    deliver(*sources_[0], layer, block, checksum);
   }
 }
 
-void LoadTask::copy_by_nic(const Slot& slot, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
-                           std::span<const Extent> target) {
+// Before it is copied on, so that what is wrong never is in the cache, where another may have brought what is right.
+void LoadTask::check_in_gpu(const FreePieces::Piece& slot, std::uint32_t layer, std::uint32_t block,
+                            std::uint64_t checksum) {
+  const Extent where{slot.get() + node_.geometry().layer_offset(layer), node_.geometry().layer_bytes(layer)};
+  port_->within().verify({&where, 1}, owner_, slot, checksum,
+                         [weak = weak_from_this(), slot, layer, block, checksum](const Status& status) {
+                           const auto self = weak.lock();
+                           if (!self || !self->wanted(0, layer, block)) return;
+                           if (status.code == Code::kCorrupt) return self->read_again(block, layer);
+                           if (!status.ok()) return self->fail(status);
+                           self->port_->add_gds_bytes(self->node_.geometry().layer_bytes(layer));
+                           self->copy_in(slot, /*in_gpu=*/true, layer, block, checksum);
+                         });
+}
+
+void LoadTask::read_again(std::uint32_t block, std::uint32_t layer) {
+  if (blocks_[block].source == 0 && reads_->read_again(block, layer)) node_.on_fallback("gds_read_failed");
+}
+
+Copier* LoadTask::copier() const {
+  if (port_ != nullptr) return &port_->to_gpu();
+  return node_.copier();
+}
+
+void LoadTask::copy_in(const std::shared_ptr<std::byte>& slot, bool in_gpu, std::uint32_t layer, std::uint32_t block,
+                       std::uint64_t checksum) {
+  std::array<Extent, PagedKv::kMaxPlanes> places;
+  const std::size_t count = request_.into->extents(layer, block_ids_[block], places);
+  const auto target = std::span<const Extent>(places).first(count);
   const Extent source{slot.get() + node_.geometry().layer_offset(layer), node_.geometry().layer_bytes(layer)};
-  node_.copier()->copy({&source, 1}, target, owner_, slot, [weak = weak_from_this(), layer, block, checksum] {
+  const auto done = [weak = weak_from_this(), layer, block, checksum](const Status& status) {
     const auto self = weak.lock();
-    if (self && self->wanted(0, layer, block)) self->deliver(*self->sources_[0], layer, block, checksum);
-  });
+    if (!self || !self->wanted(0, layer, block)) return;
+    if (!status.ok()) return self->fail(status);
+    self->deliver(*self->sources_[0], layer, block, checksum);
+  };
+  if (port_ == nullptr) return copier()->copy({&source, 1}, target, owner_, slot, done);
+  CudaCopier& gpu = in_gpu ? port_->within() : port_->to_gpu();
+  if (port_->verify() && gpu.can_verify(target)) {
+    return gpu.copy_verified({&source, 1}, target, owner_, slot, checksum, done);
+  }
+  gpu.copy({&source, 1}, target, owner_, slot, done);
 }
 
 bool LoadTask::wanted(std::size_t source, std::uint32_t layer, std::uint32_t block) const {
@@ -248,16 +299,55 @@ bool LoadTask::wanted(std::size_t source, std::uint32_t layer, std::uint32_t blo
          !delivered_[slot_of(layer, block)];
 }
 
-std::size_t LoadTask::Source::target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
-  if (!load->wanted(index, layer, block)) return 0;
-  return load->request_.into->extents(layer, load->block_ids_[block], out);
+GrantSink::Target LoadTask::Source::target(std::uint32_t layer, std::uint32_t block, Writer writer,
+                                           std::span<Extent> out) {
+  if (!load->wanted(index, layer, block)) return {};
+  if (!load->landing_) return {load->request_.into->extents(layer, load->block_ids_[block], out)};
+  bool full = false;
+  const Target target =
+      load->landing_->target(load->slot_of(layer, block), load->node_.geometry().layer_bytes(layer), writer, out, full);
+  // This very write is refused; another brings the block, this node itself if it may, whose reads land in the staging.
+  if (full) {
+    load->node_.progress().post([weak = load->weak_from_this(), index = index, block] {
+      const auto self = weak.lock();
+      if (!self || self->ended_) return;
+      self->node_.on_fallback("gpu_bounce_full");
+      self->take_over(index, {block},
+                      {Code::kNoSpace, 0, "no pinned memory is left for what peers send to a GPU; raise `gpu_bounce`"});
+    });
+  }
+  return target;
 }
 
 void LoadTask::Source::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
-                               bool right) {
+                               Check check) {
   const auto keep = load->shared_from_this();
-  if (right) return load->deliver(*this, layer, block, checksum);
+  if (load->ended_) return;
+  if (check == Check::kWrong) return arrived_wrong(layer, block);
+  if (load->landing_) return load->land(*this, layer, block, checksum);
+  load->deliver(*this, layer, block, checksum);
+}
+
+void LoadTask::Source::arrived_wrong(std::uint32_t layer, std::uint32_t block) {
   load->take_over(index, {block}, {Code::kCorrupt, 0, text("layer ", layer, " arrived with a wrong checksum")});
+}
+
+// Its source may be another by the time it is in place: what was right stays so.
+void LoadTask::land(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
+  std::array<Extent, PagedKv::kMaxPlanes> target;
+  const std::size_t count = request_.into->extents(layer, block_ids_[block], target);
+  landing_->land(
+      slot_of(layer, block), node_.geometry().layer_bytes(layer), std::span(target).first(count), checksum,
+      [weak = weak_from_this(), &source, layer, block, checksum](const Status& status) {
+        const auto self = weak.lock();
+        if (!self || self->ended_ || self->delivered_[self->slot_of(layer, block)]) return;
+        if (!status.ok()) return self->fail(status);
+        self->deliver(source, layer, block, checksum);
+      },
+      [weak = weak_from_this(), &source, layer, block] {
+        const auto self = weak.lock();
+        if (self && self->wanted(source.index, layer, block)) source.arrived_wrong(layer, block);
+      });
 }
 
 void LoadTask::deliver(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
@@ -287,7 +377,80 @@ void LoadTask::layer_ready(std::uint32_t layer) {
     const std::lock_guard lock(mutex_);
     result_.layer_ready_s[layer] = now_s();
   }
+  raise_flag(layer);
   milestones_->reach(layer);
+}
+
+void LoadTask::raise_flag(std::uint32_t layer) {
+  if (flags_) {
+    auto* flags = reinterpret_cast<std::uint32_t*>(flags_.get());
+    std::atomic_ref(flags[layer]).store(flag_, std::memory_order_release);
+  }
+  for (const auto& gates : gates_) gates->raise(*this, layer);
+}
+
+void LoadTask::wait_on_stream(std::uint32_t layer, void* stream) const {
+  require(device_ != nullptr, Code::kInvalidArgument, "wait_on_stream: the cache is in host memory; use wait()");
+  if (const Status status = milestones_->status(); !status.ok()) throw Error(status);
+  const CudaDevice& device = *device_;
+  const CudaDevice::Current current(device);
+  const auto waiting = static_cast<cuda::Stream>(stream);
+  device.check_not_captured(waiting, "wait_on_stream");
+  if (milestones_->reached(layer)) return;
+  cuda::DevicePtr address = 0;
+  cuda_check(device.driver().mem_host_get_device_pointer(&address, flags_.get() + layer * sizeof(flag_), 0),
+             "wait_on_stream (cuMemHostGetDevicePointer)");
+  cuda_check(device.driver().stream_wait_value32(waiting, address, flag_, cuda::kWaitGeq),
+             "wait_on_stream (cuStreamWaitValue32)");
+}
+
+void LoadTask::publish_on_stream(std::uint32_t layer, void* stream) {
+  require(device_ != nullptr, Code::kInvalidArgument, "publish: the cache is in host memory; leave the stream out");
+  struct Call {
+    std::weak_ptr<LoadTask> task;
+    std::shared_ptr<Progress> progress;
+    std::uint32_t layer;
+  };
+  auto call = std::make_unique<Call>(weak_from_this(), node_.shared_progress(), layer);
+  const auto reached = [](void* data) {
+    const std::unique_ptr<Call> call(static_cast<Call*>(data));
+    call->progress->post([task = call->task, layer = call->layer, now = Clock::now()] {
+      if (const auto self = task.lock()) self->stream_reached(layer, now);
+    });
+  };
+  const CudaDevice& device = *device_;
+  const CudaDevice::Current current(device);
+  device.check_not_captured(static_cast<cuda::Stream>(stream), "publish");
+  cuda_check(device.driver().launch_host_func(static_cast<cuda::Stream>(stream), reached, call.get()),
+             "publish (cuLaunchHostFunc)");
+  call.release();
+}
+
+void LoadTask::stream_reached(std::uint32_t layer, Clock::time_point when) {
+  if (ended_) return;
+  if (!publishes()) return fail({Code::kInvalidArgument, 0, "publish: the plan names no decode node"});
+  if (!milestones_->reached(layer)) {
+    return fail({Code::kInvalidArgument, 0,
+                 text("publish: the stream came to layer ", layer, ", which has not been loaded yet; wait_on_stream(",
+                      layer, ") comes before it")});
+  }
+  publish(layer, when);
+}
+
+void LoadTask::open_gates(const std::shared_ptr<GateState>& gates, void* stream) {
+  require(device_ != nullptr, Code::kInvalidArgument, "open_gates: the cache is in host memory");
+  require(gates->layers() == layers_, Code::kInvalidArgument, "open_gates: the gates are of another model");
+  if (const Status status = milestones_->status(); !status.ok()) throw Error(status);
+  const CudaDevice::Current current(*device_);
+  device_->check_not_captured(static_cast<cuda::Stream>(stream), "open_gates");
+  gates->open(shared_from_this(), static_cast<cuda::Stream>(stream));
+}
+
+void LoadTask::attach(const std::shared_ptr<GateState>& gates) {
+  if (std::find(gates_.begin(), gates_.end(), gates) == gates_.end()) gates_.push_back(gates);
+  for (std::uint32_t layer = 0; layer < layers_; ++layer) {
+    if (ended_ || milestones_->reached(layer)) gates->raise(*this, layer);
+  }
 }
 
 void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blocks, const Status& why) {
@@ -297,6 +460,7 @@ void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blo
   for (std::uint32_t block : blocks) {
     Block& state = blocks_[block];
     if (state.source != from || state.layers_left == 0) continue;
+    for (std::uint32_t layer = 0; landing_ && layer < layers_; ++layer) landing_->drop(slot_of(layer, block));
     const auto next = std::find_if(sources_.begin(), sources_.end(),
                                    [&](const auto& s) { return !s->lost && (state.tried >> s->index & 1) == 0; });
     if (next == sources_.end()) {
@@ -344,6 +508,14 @@ void LoadTask::on_opened(Link& link, const LoadOpened& message) {
       [weak](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
         if (const auto self = weak.lock()) self->on_published(blocks, layer, outcome);
       });
+  if (port_ != nullptr) {
+    departures_ = std::make_unique<Departures>(
+        node_, *port_, *publisher_,
+        [this](std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
+          return request_.into->extents(layer, block_ids_[block], out);
+        },
+        [this](const Status& status) { fail(status); });
+  }
   for (std::uint32_t layer : std::exchange(publish_queue_, {})) publish_now(layer);
 }
 
@@ -404,7 +576,8 @@ void LoadTask::publish_now(std::uint32_t layer) {
   for (std::uint32_t first = 0; first < prompt_blocks_;) {
     std::uint32_t end = first;
     while (end < prompt_blocks_ && !skipped(end)) ++end;
-    publisher_->add(layer, first, end - first);
+    if (departures_) departures_->add(layer, first, end - first);
+    if (!departures_) publisher_->add(layer, first, end - first);
     count += end - first;
     first = end + 1;
   }
@@ -416,13 +589,19 @@ void LoadTask::publish_now(std::uint32_t layer) {
     result_.bytes_published += count * node_.geometry().layer_bytes(layer);
     if (count == 0) result_.layer_publish_done_s[layer] = now_s();
   }
-  publisher_->pump();
+  departures_ ? departures_->pump() : publisher_->pump();
   maybe_finish();
 }
 
-void LoadTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>&, WriteBlock& out) {
+void LoadTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) {
   out.block = block;
-  out.extents = static_cast<std::uint32_t>(request_.into->extents(layer, block_ids_[block], out.source));
+  if (keep) {  // where it departs from
+    out.source[0] = {static_cast<std::byte*>(keep.get()), node_.geometry().layer_bytes(layer)};
+    out.extents = 1;
+    out.keep = keep;
+  } else {
+    out.extents = static_cast<std::uint32_t>(request_.into->extents(layer, block_ids_[block], out.source));
+  }
   out.checksum = block < hit_ ? checksums_[slot_of(layer, block)]
                               : checksum(std::span<const Extent>(out.source).first(out.extents));
 }
@@ -430,6 +609,7 @@ void LoadTask::describe(std::uint32_t layer, std::uint32_t block, const std::sha
 void LoadTask::on_published(const std::vector<std::uint32_t>& blocks, std::uint32_t layer, Outcome outcome) {
   if (ended_) return;
   publish_pending_ -= blocks.size();
+  if (departures_) departures_->sent(layer, blocks.size());
   layer_publish_pending_[layer] -= static_cast<std::uint32_t>(blocks.size());
   if (!outcome.ok()) {
     return handover_failed(
@@ -459,6 +639,7 @@ void LoadTask::note_wait(std::uint32_t layer, Clock::time_point begin, Clock::ti
 void LoadTask::handover_failed(Status why) {
   if (ended_ || !handover_failure_.ok()) return;
   handover_failure_ = {why.code, why.os_errno, text("load: the KV was not handed over: ", why.message)};
+  departures_.reset();
   publisher_.reset();
   publish_queue_.clear();
   maybe_finish();
@@ -492,8 +673,17 @@ void LoadTask::end(bool failed, const Status& why) {
   node_.progress().cancel(timer_);
   if (reads_) sources_[0]->result.reads = reads_->times(started_);
   reads_.reset();
+  departures_.reset();
   publisher_.reset();
-  if (node_.copier() != nullptr) node_.copier()->withdraw(owner_);
+  // No GPU waits for what will not come. First: a copy may be queued behind such a wait.
+  for (std::uint32_t layer = 0; layer < layers_; ++layer) {
+    if (!milestones_->reached(layer)) raise_flag(layer);
+  }
+  if (port_ != nullptr) {
+    port_->withdraw(owner_);
+  } else if (copier() != nullptr) {
+    copier()->withdraw(owner_);
+  }
   std::uint32_t failovers;
   {
     const std::lock_guard lock(mutex_);
@@ -508,6 +698,7 @@ void LoadTask::end(bool failed, const Status& why) {
     node_.send(*source->link, CloseLoad{id_, why.code, why.message});
     source->link.reset();
   }
+  landing_.reset();  // nobody writes there any more
   node_.remove_load(id_, failed, failovers);
   if (failed) {
     milestones_->fail(why);

@@ -5,11 +5,13 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "dualkv/node.h"
 #include "node/block_reads.h"
+#include "node/layer_gates.h"
 #include "node/layer_sender.h"
 #include "node/node_state.h"
 #include "transport/grants.h"
@@ -36,6 +38,14 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   std::uint32_t blocks_missing() const { return blocks_missing_; }
   // Of the layer that the engine published then.
   void publish(std::uint32_t layer, Clock::time_point when);
+  // Any thread. See Load.
+  void wait_on_stream(std::uint32_t layer, void* stream) const;
+  void publish_on_stream(std::uint32_t layer, void* stream);
+  void open_gates(const std::shared_ptr<GateState>& gates, void* stream);
+  // A stream has come to the publish of this layer.
+  void stream_reached(std::uint32_t layer, Clock::time_point when);
+  // Graphs that are replayed from now on wait for this load.
+  void attach(const std::shared_ptr<GateState>& gates);
   void release(std::uint32_t layer);
   void fail(Status status);
   // Any thread: somebody waited for the layer. Only the first wait of a layer counts.
@@ -64,9 +74,10 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
     std::uint64_t asked_bytes = 0;  // see NodeState::add_asked
     PathResult result;
 
-    std::size_t target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) override;
+    Target target(std::uint32_t layer, std::uint32_t block, Writer writer, std::span<Extent> out) override;
     void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
-                 bool right) override;
+                 Check check) override;
+    void arrived_wrong(std::uint32_t layer, std::uint32_t block);
   };
   struct Block {
     std::uint16_t source = 0;
@@ -84,8 +95,16 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   void read_here(std::uint32_t block);
   void ask(Source& source, const std::vector<std::uint32_t>& blocks);
   void on_read(std::uint32_t block, LayerRange layers, ReadResult result);
-  void copy_by_nic(const Slot& slot, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
-                   std::span<const Extent> target);
+  // A Layer Block that storage has put into a slot of the GPU's memory.
+  void check_in_gpu(const FreePieces::Piece& slot, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
+  void read_again(std::uint32_t block, std::uint32_t layer);
+  // From a slot of the staging or, `in_gpu`, of the GPU's.
+  void copy_in(const std::shared_ptr<std::byte>& slot, bool in_gpu, std::uint32_t layer, std::uint32_t block,
+               std::uint64_t checksum);
+  // What copies from the staging to the cache; null: the CPU.
+  Copier* copier() const;
+  void land(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
+  void raise_flag(std::uint32_t layer);
   void deliver(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
   void layer_ready(std::uint32_t layer);
   // The source can't deliver these: another takes over, or the load fails with the reason.
@@ -128,7 +147,14 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   std::size_t decode_source_ = 0;  // 0: none
   std::uint64_t decode_grant_ = 0;
   std::unique_ptr<LayerSender> publisher_;
-  std::vector<std::uint32_t> publish_queue_;  // layers published before the decode node was ready
+  DevicePort* port_ = nullptr;                     // of a cache in a GPU's memory; progress thread
+  std::shared_ptr<CudaDevice> device_;             // with it; any thread
+  std::optional<Landing> landing_;                 // with it
+  std::unique_ptr<Departures> departures_;         // of the publisher
+  BouncePool::Piece flags_;                        // a word a layer, that GPUs wait for
+  std::uint32_t flag_ = 0;                         // what it is when the layer is in place
+  std::vector<std::shared_ptr<GateState>> gates_;  // of graphs that are replayed for this load
+  std::vector<std::uint32_t> publish_queue_;       // layers published before the decode node was ready
   std::vector<bool> published_;
   std::uint32_t layers_published_ = 0;
   std::uint64_t publish_pending_ = 0;                 // Layer Blocks not acknowledged

@@ -6,6 +6,7 @@
 
 #include "base/text.h"
 #include "memory/copier.h"
+#include "memory/cuda_device.h"
 #include "memory/region.h"
 #include "node/load_task.h"
 #include "node/node_state.h"
@@ -22,9 +23,9 @@ auto run(NodeState& node, Task task) {
   using Result = decltype(task());
   std::optional<Result> result;
   Status failure;
-  if (node.closed()) throw Error(Code::kCancelled, "the node is closed");
   node.progress().run([&] {
     try {
+      if (node.closing()) throw Error(Code::kCancelled, "the node is closed");
       result.emplace(task());
     } catch (const Error& error) {
       failure = error.status();
@@ -48,6 +49,14 @@ std::shared_ptr<Task> guard(std::shared_ptr<Task> task, End end) {
 
 void check_layer(std::uint32_t layer, std::uint32_t layers) {
   if (layer >= layers) throw Error(Code::kInvalidArgument, text("layer ", layer, " of ", layers));
+}
+
+void check_publish(const LoadTask& load) {
+  if (!load.publishes()) throw Error(Code::kInvalidArgument, "publish: the plan names no decode node");
+  if (const std::uint32_t missing = load.blocks_missing(); missing > 0) {
+    throw Error(Code::kInvalidArgument,
+                text("publish: ", missing, " blocks of the prompt have no place yet; add_blocks() first"));
+  }
 }
 
 const Status kDropped{Code::kCancelled, 0, "cancelled"};
@@ -82,18 +91,37 @@ void Load::add_blocks(std::span<const std::uint32_t> block_ids) {
 
 void Load::publish(std::uint32_t layer) {
   check_layer(layer, layers());
-  if (!task_->publishes()) throw Error(Code::kInvalidArgument, "publish: the plan names no decode node");
+  check_publish(*task_);
   if (!task_->milestones()->reached(layer)) {
     const Status status = task_->milestones()->status();
     if (!status.ok()) throw Error(status);
     throw Error(Code::kInvalidArgument,
                 text("publish: layer ", layer, " has not been loaded yet; wait(", layer, ") first"));
   }
-  if (const std::uint32_t missing = task_->blocks_missing(); missing > 0) {
-    throw Error(Code::kInvalidArgument,
-                text("publish: ", missing, " blocks of the prompt have no place yet; add_blocks() first"));
-  }
   task_->node()->progress().post([task = task_, layer, now = Clock::now()] { task->publish(layer, now); });
+}
+
+void Load::wait_on_stream(std::uint32_t layer, void* stream) const {
+  check_layer(layer, layers());
+  task_->wait_on_stream(layer, stream);
+}
+
+void Load::open_gates(const LayerGates& gates, void* stream) { task_->open_gates(gates.state_, stream); }
+
+std::uint32_t LayerGates::layers() const { return state_->layers(); }
+void LayerGates::wait(std::uint32_t layer, void* stream) const {
+  check_layer(layer, layers());
+  state_->wait(layer, static_cast<cuda::Stream>(stream));
+}
+void LayerGates::publish(std::uint32_t layer, void* stream) const {
+  check_layer(layer, layers());
+  state_->publish(layer, static_cast<cuda::Stream>(stream));
+}
+
+void Load::publish(std::uint32_t layer, void* stream) {
+  check_layer(layer, layers());
+  check_publish(*task_);
+  task_->publish_on_stream(layer, stream);
 }
 
 void Load::release(std::uint32_t layer) {
@@ -134,14 +162,23 @@ void Incoming::copy_to(const PagedKv& target, std::span<const std::uint32_t> blo
     if (id >= target.block_count())
       throw Error(Code::kInvalidArgument, text("copy_to: block id ", id, " of ", target.block_count(), " blocks"));
   }
+  std::vector<CopyRun> runs;  // to a GPU
   for (std::size_t i = 0; i < block_ids.size(); ++i) {
-    const std::byte* slot = slots[blocks ? (*blocks)[i] : i].get();
+    std::byte* slot = slots[blocks ? (*blocks)[i] : i].get();
     for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
       std::array<Extent, PagedKv::kMaxPlanes> extents;
-      const std::size_t count = target.extents(layer, block_ids[i], extents);
-      scatter(slot + geometry.layer_offset(layer), std::span<const Extent>(extents).first(count));
+      const auto places = std::span(extents).first(target.extents(layer, block_ids[i], extents));
+      if (target.on_host()) {
+        scatter(slot + geometry.layer_offset(layer), places);
+      } else {
+        const Extent from{slot + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
+        append_runs({&from, 1}, places, runs);
+      }
     }
   }
+  if (target.on_host()) return;
+  task_->node()->prepare(target);
+  CudaDevice::open(target.device())->copy_now(runs, HostSide::kFrom);
 }
 
 Operation Incoming::save(std::span<const Key> keys, std::uint32_t first_block, const Key& parent) const {
@@ -177,6 +214,7 @@ NodeView Peer::view() const { return node_->view_of(name_); }
 
 Operation Peer::send_layers(SendRequest request) const {
   if (!request.source) throw Error(Code::kInvalidArgument, "send_layers: no source");
+  node_->prepare(*request.source);
   const auto task = run(*node_, [&] { return SendTask::begin(*node_, name_, std::move(request)); });
   Operation operation = task->operation();
   operation.attach(guard(task, [](SendTask& send) { send.end(kDropped); }));
@@ -187,6 +225,8 @@ Operation Peer::send_layers(SendRequest request) const {
 
 Operation Node::copy(CopyRequest request) {
   if (!request.from || !request.to) throw Error(Code::kInvalidArgument, "copy: no KV cache given");
+  state_->prepare(*request.from);
+  state_->prepare(*request.to);
   const auto task = run(*state_, [&] { return CopyTask::begin(*state_, std::move(request)); });
   Operation operation = task->operation();
   operation.attach(guard(task, [](CopyTask& copy) { copy.end(kDropped); }));
@@ -229,7 +269,14 @@ std::shared_ptr<std::byte> Node::allocate(std::uint64_t bytes) {
   });
 }
 
+void Node::prepare(const PagedKv& cache) { state_->prepare(cache); }
+LayerGates Node::layer_gates(int gpu) {
+  return LayerGates(
+      std::make_shared<GateState>(state_->shared_progress(), CudaDevice::open(gpu), state_->geometry().layers()));
+}
+
 Load Node::load(LoadRequest request) {
+  if (request.into) state_->prepare(*request.into);
   auto task = run(*state_, [&] { return LoadTask::begin(*state_, std::move(request)); });
   return Load(guard(std::move(task), [](LoadTask& load) { load.fail(kDropped); }));
 }
@@ -247,6 +294,7 @@ Incoming Node::incoming(std::uint64_t load_id, double deadline_s) {
 Grant Node::grant(const std::string& peer, std::shared_ptr<const PagedKv> into, std::vector<std::uint32_t> block_ids,
                   double deadline_s) {
   if (!into) throw Error(Code::kInvalidArgument, "grant: no KV cache given (into)");
+  state_->prepare(*into);
   auto task =
       run(*state_, [&] { return GrantTask::begin(*state_, peer, std::move(into), std::move(block_ids), deadline_s); });
   return Grant(

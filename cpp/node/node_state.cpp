@@ -15,6 +15,7 @@ namespace {
 constexpr std::uint32_t kMaxPromptBlocks = 1u << 24;  // as many as a staging pool can have slots
 constexpr auto kTick = std::chrono::milliseconds(20);
 constexpr double kFirstRedialPause = 0.1;
+constexpr std::uint64_t kPinBytes = std::uint64_t{256} << 20;  // of the staging, at once
 
 void check_options(const NodeOptions& options) {
   const auto require = [](bool fine, const std::string& message) {
@@ -91,7 +92,8 @@ NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
       progress_(std::make_shared<Progress>("dualkv-" + options_.name, std::chrono::microseconds(options_.spin_us))),
       fallbacks_(options_.store.fail_on_fallback),
       pool_(geometry_, options_.staging),
-      store_(std::make_unique<Store>(std::make_shared<StoreState>(geometry_, options_.store, pool_, progress_))),
+      store_(std::make_unique<Store>(std::make_shared<StoreState>(geometry_, options_.store, pool_, progress_,
+                                                                  /*reads_to_gpus=*/options_.gpu.gds_bytes > 0))),
       grants_(geometry_),
       sends_(geometry_, options_.write_frame_bytes) {
   if (pool_.shared_fd() >= 0) regions_->add(pool_.memory(), pool_.shared_fd());
@@ -127,7 +129,7 @@ void NodeState::start() {
         copier_ = std::make_unique<NicCopier>(
             *progress_, *rdma(),
             LaneMark{static_cast<std::uint8_t>(low.service_level), static_cast<std::uint8_t>(low.dscp << 2)},
-            [this](const std::string& what) { on_fallback(what); });
+            counter());
       }
       for (const Address& address : addresses) addresses_.push_back(transport(address.scheme).listen(address));
       tick();
@@ -159,6 +161,7 @@ void NodeState::close() {
     for (auto& [name, peer] : peers_) peer.links.clear();
     transports_.clear();
     copier_.reset();
+    ports_.clear();
     transport_options_.rdma.reset();
     rdma_.reset();
   });
@@ -181,8 +184,7 @@ Transport& NodeState::transport(Scheme scheme) {
 
 const std::shared_ptr<RdmaDomain>& NodeState::rdma() {
   if (!rdma_) {
-    rdma_ = std::make_shared<RdmaDomain>(options_.rdma, options_.staging.numa_node, *progress_, *memory_,
-                                         [this](const std::string& what) { on_fallback(what); });
+    rdma_ = std::make_shared<RdmaDomain>(options_.rdma, options_.staging.numa_node, *progress_, *memory_, counter());
   }
   return rdma_;
 }
@@ -193,8 +195,112 @@ std::uint32_t NodeState::share(std::span<const std::byte> memory, int fd) {
   return id;
 }
 
+void NodeState::prepare(const PagedKv& cache) {
+  if (cache.on_host()) return;
+  if (closed()) throw Error(kClosing);
+  const auto device = CudaDevice::open(cache.device());
+  device->check_memory(cache.memory());
+  if (options_.gpu.verify) check_verifiable(cache, *device);
+  const std::lock_guard lock(preparing_);
+  bool known = false;
+  progress_->run([&] { known = ports_.contains(cache.device()); });
+  if (known) return;
+  if (options_.gpu.copy == GpuCopy::kAuto) device->calibrate();
+  if (const std::string why = device->missing(options_.gpu.copy); !why.empty()) {
+    throw Error(Code::kUnsupported, text("gpu_copy='", to_string(options_.gpu.copy), "' on GPU ", device->ordinal(),
+                                         " (", device->name(), "): ", why));
+  }
+  if (!std::exchange(pinned_, true)) pin_staging(device);
+  auto port = std::make_unique<DevicePort>(*this, device, make_gds(device), make_nic_slots(device));
+  bool added = false;
+  progress_->run([&] {
+    added = !closing_;
+    if (closing_) return port.reset();
+    for (const BouncePool* pool : {&port->landing(), &port->departing()}) {
+      memory_->add(pool->memory(), pool->owner());
+      if (rdma_) rdma_->registrations().find(pool->memory().data(), pool->memory().size());  // ahead: it takes a while
+    }
+    if (const NicSlots* nic = port->nic()) {
+      const auto memory = nic->slots.memory()->memory();
+      memory_->add(memory, nic->slots.owner());
+      nic->domain->registrations().add(memory, nic->registration);
+    }
+    ports_[cache.device()] = std::move(port);
+  });
+  if (!added) throw Error(kClosing);
+}
+
+void NodeState::check_verifiable(const PagedKv& cache, const CudaDevice& device) {
+  for (std::uint32_t layer = 0; layer < cache.layers(); ++layer) {
+    std::array<Extent, PagedKv::kMaxPlanes> planes;
+    const std::size_t count = cache.extents(layer, 0, planes);
+    if (device.can_sum(checksum_runs(std::span<const Extent>(planes).first(count)))) continue;
+    const std::string why = device.missing(GpuCopy::kKernel);
+    return fallbacks_.count("gpu_not_verified",
+                            why.empty() ? text("layer ", layer, " is not of planes of whole 64 bytes") : why);
+  }
+}
+
+// In parts, so that no part is refused for its size; none ends within a slot, as no copy may cross from one to the
+// next.
+void NodeState::pin_staging(const std::shared_ptr<CudaDevice>& device) {
+  const auto memory = pool_.memory();
+  const std::uint64_t part = std::max(kPinBytes / pool_.slot_bytes(), std::uint64_t{1}) * pool_.slot_bytes();
+  try {
+    for (std::uint64_t at = 0; at < memory.size(); at += part) {
+      pins_.emplace_back(device, memory.subspan(at, std::min<std::uint64_t>(part, memory.size() - at)));
+    }
+  } catch (const Error& error) {
+    fallbacks_.count("staging_not_pinned", error.status().message);
+  }
+}
+
+std::unique_ptr<GpuStaging> NodeState::make_gds(const std::shared_ptr<CudaDevice>& device) {
+  if (options_.gpu.gds_bytes == 0) return nullptr;
+  std::unique_ptr<GpuStaging> gds;
+  try {
+    gds = std::make_unique<GpuStaging>(device, geometry_, options_.gpu.gds_bytes);
+  } catch (const Error& error) {
+    if (error.code() == Code::kInvalidArgument) throw;
+    fallbacks_.count("no_gds", error.status().message);
+    return nullptr;
+  }
+  if (gds->compatibility()) {
+    fallbacks_.count("gds_compatibility", "nvidia-fs is not loaded: cuFile goes by the host's memory");
+  }
+  return gds;
+}
+
+std::unique_ptr<NicSlots> NodeState::make_nic_slots(const std::shared_ptr<CudaDevice>& device) {
+  const std::uint64_t bytes = options_.gpu.rdma_bytes;
+  if (bytes == 0) return nullptr;
+  std::shared_ptr<RdmaDomain> domain;
+  Status status = kClosing;
+  progress_->run([&] {
+    if (closing_) return;
+    try {
+      domain = rdma();
+    } catch (const Error& error) {
+      status = error.status();
+    }
+  });
+  try {
+    if (!domain) throw Error(status);
+    if (const std::string why = device->missing_for_nics(); !why.empty()) {
+      throw Error(Code::kUnsupported, text("gpu_rdma: GPU ", device->ordinal(), ": ", why));
+    }
+    GpuSlots slots(device, geometry_, GpuSlots::Holds::kLayerBlock, bytes, "gpu_rdma");
+    auto registration = std::make_shared<RdmaRegistration>(domain->rails(), slots.memory(), domain->options());
+    return std::make_unique<NicSlots>(std::move(domain), std::move(slots), std::move(registration));
+  } catch (const Error& error) {
+    if (error.code() == Code::kInvalidArgument || error.code() == Code::kCancelled) throw;
+    fallbacks_.count("no_gpu_rdma", error.status().message);
+    return nullptr;
+  }
+}
+
 void NodeState::know(const std::shared_ptr<const PagedKv>& cache) {
-  if (!rdma_) return;
+  if (!rdma_ || !cache->on_host()) return;
   for (const Extent& run : cache->memory()) memory_->add({run.data, run.bytes}, cache);
 }
 
@@ -464,6 +570,7 @@ NodeStats NodeState::stats() const {
   for (const auto& [what, count] : stats.store.fallbacks) stats.fallbacks[what] += count;
   progress_->run([&] {
     if (copier_) stats.copies = copier_->stats();
+    for (const auto& [device, port] : ports_) stats.gpus.push_back(port->stats());
     stats.loads_active = static_cast<std::uint32_t>(loads_.size());
     stats.loads_served = static_cast<std::uint32_t>(serves_.size());
     const std::lock_guard lock(mutex_);

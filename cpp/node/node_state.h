@@ -1,6 +1,7 @@
 // NodeState: what stands behind a Node - links, views, and the tasks in progress. Wires the layers below together.
 #pragma once
 
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -11,6 +12,8 @@
 #include "base/fallbacks.h"
 #include "base/progress.h"
 #include "dualkv/node.h"
+#include "memory/pinned.h"
+#include "node/device_port.h"
 #include "node/layer_sender.h"
 #include "node/messages.h"
 #include "rdma/nic_copier.h"
@@ -62,6 +65,17 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   SendQueue& sends() { return sends_; }
   // Null: the CPU copies. Progress thread.
   NicCopier* copier() { return copier_.get(); }
+  // Before transfers of this cache: see Node::prepare. Any thread but the progress thread.
+  void prepare(const PagedKv& cache);
+  // Of a cache that was prepared; null for host memory. Progress thread.
+  DevicePort* port(const PagedKv& cache) { return cache.on_host() ? nullptr : ports_.at(cache.device()).get(); }
+  // No task may begin any more. Progress thread.
+  bool closing() const { return closing_; }
+  const std::shared_ptr<Progress>& shared_progress() const { return progress_; }
+  // Counts fallbacks.
+  std::function<void(const std::string&)> counter() {
+    return [this](const std::string& what) { on_fallback(what); };
+  }
   const std::vector<std::string>& addresses() const { return addresses_; }
 
   // Any thread.
@@ -118,6 +132,12 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   };
 
   Transport& transport(Scheme scheme);
+  // Counts the fallback, or throws, if not every Layer Block there can be summed up on the GPU.
+  void check_verifiable(const PagedKv& cache, const CudaDevice& device);
+  void pin_staging(const std::shared_ptr<CudaDevice>& device);
+  std::unique_ptr<GpuStaging> make_gds(const std::shared_ptr<CudaDevice>& device);
+  // Null, and counted, where peers' NICs can't write to the device.
+  std::unique_ptr<NicSlots> make_nic_slots(const std::shared_ptr<CudaDevice>& device);
   const std::shared_ptr<RdmaDomain>& rdma();
   void dial(const std::shared_ptr<Dial>& dial, Transport::Connected done);
   void redial(const std::shared_ptr<Dial>& dial);
@@ -151,6 +171,10 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   SendQueue sends_;
   std::shared_ptr<RdmaDomain> rdma_;  // once something needs it
   std::unique_ptr<NicCopier> copier_;
+  std::mutex preparing_;          // guards pins_ and the making of ports; never taken on the progress thread
+  std::deque<PinnedRange> pins_;  // of the staging, once a cache is in a GPU's memory
+  bool pinned_ = false;
+  std::map<int, std::unique_ptr<DevicePort>> ports_;  // by device
   std::map<Scheme, std::unique_ptr<Transport>> transports_;
   std::vector<std::string> addresses_;
   std::vector<std::shared_ptr<Dial>> dials_;

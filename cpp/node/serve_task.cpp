@@ -226,12 +226,12 @@ void ServeTask::credit(std::uint32_t layers) {
   sender_->pump();
 }
 
-std::size_t ServeTask::target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
-  if (ended_ || block >= slots_.size() || arrived_[at(layer, block)]) return 0;
-  if (reading_[block] > 0 && !take_fresh_slot(block)) return 0;
+GrantSink::Target ServeTask::target(std::uint32_t layer, std::uint32_t block, Writer, std::span<Extent> out) {
+  if (ended_ || block >= slots_.size() || arrived_[at(layer, block)]) return {};
+  if (reading_[block] > 0 && !take_fresh_slot(block)) return {};
   const KvGeometry& geometry = node_.geometry();
   out[0] = {slots_[block].get() + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
-  return 1;
+  return {1};
 }
 
 // The prefill node gave up on this node's reads of the block, but the kernel may still write to its slot: take another,
@@ -258,9 +258,9 @@ bool ServeTask::take_fresh_slot(std::uint32_t block) {
   return true;
 }
 
-void ServeTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t, bool right) {
+void ServeTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t, Check check) {
   const auto keep = shared_from_this();
-  if (right) mark(layer, block);
+  if (check == Check::kRight) mark(layer, block);
 }
 
 void ServeTask::mark(std::uint32_t layer, std::uint32_t block) {

@@ -79,9 +79,9 @@ class ServeTask : public NodeTask,
   void on_link_closed(Link& link, const Status& why) override;
   void abort(const Status& why) override { end(why, /*tell=*/false); }
 
-  std::size_t target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) override;
+  Target target(std::uint32_t layer, std::uint32_t block, Writer writer, std::span<Extent> out) override;
   void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
-               bool right) override;
+               Check check) override;
   // Of what is sent: `keep` is the slot the Layer Block lies in.
   void describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
 

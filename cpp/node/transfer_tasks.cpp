@@ -44,6 +44,8 @@ std::shared_ptr<GrantTask> GrantTask::begin(NodeState& node, const std::string& 
   if (!node.find_link(peer)) throw Error(Code::kPeerLost, text("grant: node '", peer, "' is not connected"));
   std::shared_ptr<GrantTask> task(new GrantTask(node, peer, std::move(into), std::move(block_ids)));
   node.know(task->into_);
+  task->port_ = node.port(*task->into_);
+  if (task->port_ != nullptr) task->landing_.emplace(*task->port_, task->owner_);
   task->id_ = node.grants().add(*task, peer);
   node.add_task(task);
   task->timer_ = node.progress().at(Clock::now() + seconds(deadline_s), [weak = std::weak_ptr(task)] {
@@ -56,20 +58,54 @@ void GrantTask::end(const Status& why) {
   if (std::exchange(ended_, true)) return;
   node_.progress().cancel(timer_);
   node_.grants().remove(id_);
+  if (port_ != nullptr) port_->withdraw(owner_);
+  landing_.reset();  // nobody writes there any more
   milestones_->fail(why);
 }
 
-std::size_t GrantTask::target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
-  if (ended_ || block >= block_ids_.size() || arrived_[layer * block_ids_.size() + block]) return 0;
-  return into_->extents(layer, block_ids_[block], out);
+GrantSink::Target GrantTask::target(std::uint32_t layer, std::uint32_t block, Writer writer, std::span<Extent> out) {
+  if (ended_ || block >= block_ids_.size() || arrived_[at(layer, block)]) return {};
+  if (!landing_) return {into_->extents(layer, block_ids_[block], out)};
+  bool full = false;
+  const Target target = landing_->target(at(layer, block), node_.geometry().layer_bytes(layer), writer, out, full);
+  if (full) {
+    node_.progress().post([weak = weak_from_this()] {
+      if (const auto self = weak.lock()) {
+        self->end(
+            {Code::kNoSpace, 0, "grant: no pinned memory is left for what peers send to a GPU; raise `gpu_bounce`"});
+      }
+    });
+  }
+  return target;
 }
 
-void GrantTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t, bool right) {
+void GrantTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
+                        Check check) {
   const auto keep = shared_from_this();
-  if (!right)
-    return end(
-        {Code::kCorrupt, 0, text("grant: layer ", layer, " of block ", block, " arrived with a wrong checksum")});
-  arrived_[layer * block_ids_.size() + block] = true;
+  if (ended_) return;
+  if (check == Check::kWrong) return arrived_wrong(layer, block);
+  if (!landing_) return deliver(layer, block);
+  std::array<Extent, PagedKv::kMaxPlanes> target;
+  const std::size_t count = into_->extents(layer, block_ids_[block], target);
+  landing_->land(
+      at(layer, block), node_.geometry().layer_bytes(layer), std::span(target).first(count), checksum,
+      [weak = weak_from_this(), layer, block](const Status& status) {
+        const auto self = weak.lock();
+        if (!self || self->ended_) return;
+        if (!status.ok()) return self->end(status);
+        self->deliver(layer, block);
+      },
+      [weak = weak_from_this(), layer, block] {
+        if (const auto self = weak.lock()) self->arrived_wrong(layer, block);
+      });
+}
+
+void GrantTask::arrived_wrong(std::uint32_t layer, std::uint32_t block) {
+  end({Code::kCorrupt, 0, text("grant: layer ", layer, " of block ", block, " arrived with a wrong checksum")});
+}
+
+void GrantTask::deliver(std::uint32_t layer, std::uint32_t block) {
+  arrived_[at(layer, block)] = true;
   if (--layer_left_[layer] > 0) return;
   milestones_->reach(layer);
   if (--layers_left_ == 0) end({});
@@ -99,34 +135,55 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
   if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
   node.know(request.source);
   std::shared_ptr<SendTask> task(new SendTask(node, std::move(request)));
-  task->sender_ =
-      std::make_unique<LayerSender>(node.sends(), link, task->request_.grant, task->request_.lane, *task,
-                                    [raw = task.get()](std::uint32_t, const std::vector<std::uint32_t>& blocks,
-                                                       Outcome outcome) { raw->on_sent(blocks.size(), outcome); });
+  task->sender_ = std::make_unique<LayerSender>(
+      node.sends(), link, task->request_.grant, task->request_.lane, *task,
+      [raw = task.get()](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
+        raw->on_sent(layer, blocks.size(), outcome);
+      });
+  task->port_ = node.port(*task->request_.source);
+  if (task->port_ != nullptr) {
+    task->departures_ = std::make_unique<Departures>(
+        node, *task->port_, *task->sender_,
+        [raw = task.get()](std::uint32_t layer, std::uint32_t index, std::span<Extent> out) {
+          return raw->request_.source->extents(layer, raw->request_.block_ids[index], out);
+        },
+        [raw = task.get()](const Status& status) { raw->end(status); });
+  }
   node.add_task(task);
   task->timer_ = node.progress().at(Clock::now() + seconds(task->request_.deadline_s), [weak = std::weak_ptr(task)] {
     if (const auto self = weak.lock()) self->end({Code::kTimeout, 0, "send_layers: not complete by its deadline"});
   });
   const auto blocks = static_cast<std::uint32_t>(task->request_.block_ids.size());
-  for (std::uint32_t i = 0; i < range.count; ++i) task->sender_->add(range.first + i, 0, blocks);
+  for (std::uint32_t i = 0; i < range.count; ++i) {
+    if (task->departures_) task->departures_->add(range.first + i, 0, blocks);
+    if (!task->departures_) task->sender_->add(range.first + i, 0, blocks);
+  }
   // Checksums and sockets come after the caller is back at work.
   node.progress().post([weak = std::weak_ptr(task)] {
     const auto self = weak.lock();
+    if (self && self->departures_) return self->departures_->pump();
     if (self && self->sender_) self->sender_->pump();
   });
   return task;
 }
 
-void SendTask::describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>&, WriteBlock& out) {
+void SendTask::describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep, WriteBlock& out) {
   out.block = request_.first_block + index;
-  out.extents = static_cast<std::uint32_t>(request_.source->extents(layer, request_.block_ids[index], out.source));
+  if (keep) {  // where it departs from
+    out.source[0] = {static_cast<std::byte*>(keep.get()), node_.geometry().layer_bytes(layer)};
+    out.extents = 1;
+    out.keep = keep;
+  } else {
+    out.extents = static_cast<std::uint32_t>(request_.source->extents(layer, request_.block_ids[index], out.source));
+  }
   const std::size_t at = (layer - request_.layers.first) * request_.block_ids.size() + index;
   out.checksum = request_.checksums.empty() ? checksum(std::span<const Extent>(out.source).first(out.extents))
                                             : request_.checksums[at];
 }
 
-void SendTask::on_sent(std::size_t blocks, Outcome outcome) {
+void SendTask::on_sent(std::uint32_t layer, std::size_t blocks, Outcome outcome) {
   left_ -= blocks;
+  if (departures_) departures_->sent(layer, blocks);
   if (!outcome.ok()) return end({outcome.code, 0, "send_layers: the peer refused a write; is the grant still valid?"});
   if (left_ == 0) end({});
 }
@@ -140,6 +197,7 @@ void SendTask::end(const Status& why) {
   if (std::exchange(ended_, true)) return;
   const auto keep = shared_from_this();
   node_.progress().cancel(timer_);
+  departures_.reset();
   sender_.reset();
   if (why.ok()) {
     operation_.milestones()->reach(0);
@@ -152,7 +210,20 @@ CopyTask::CopyTask(NodeState& node, CopyRequest request)
     : node_(node),
       request_(std::move(request)),
       owner_(next_owner()),
+      copier_(choose_copier()),
       left_(std::uint64_t{request_.layers.count} * request_.from_ids.size()) {}
+
+Copier* CopyTask::choose_copier() const {
+  const PagedKv &from = *request_.from, &to = *request_.to;
+  if (!from.on_host() && !to.on_host()) {
+    if (from.device() == to.device()) return &node_.port(to)->within();
+    throw Error(Code::kUnsupported, text("copy: from GPU ", from.device(), " to GPU ", to.device(),
+                                         ": between GPUs the engine's own copies are the way"));
+  }
+  if (!to.on_host()) return &node_.port(to)->to_gpu();
+  if (!from.on_host()) return &node_.port(from)->from_gpu();
+  return node_.copier();
+}
 
 std::shared_ptr<CopyTask> CopyTask::begin(NodeState& node, CopyRequest request) {
   const std::uint32_t layers = node.geometry().layers();
@@ -187,7 +258,6 @@ void CopyTask::step_later() {
 void CopyTask::step() {
   const std::uint64_t blocks = request_.from_ids.size();
   std::uint64_t budget = kCopyStepBytes;
-  NicCopier* copier = node_.copier();
   while (next_ < blocks * request_.layers.count && budget > 0 && under_way_ < kCopyWindowBytes) {
     const auto layer = static_cast<std::uint32_t>(request_.layers.first + next_ / blocks);
     const std::uint64_t block = next_++ % blocks;
@@ -197,13 +267,15 @@ void CopyTask::step() {
     const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
     budget -= std::min(budget, bytes);
     under_way_ += bytes;
-    if (copier == nullptr) {
+    if (copier_ == nullptr) {
       copy(source, target);
       copied(bytes);
       continue;
     }
-    copier->copy(source, target, owner_, nullptr, [weak = weak_from_this(), bytes] {
-      if (const auto self = weak.lock()) self->copied(bytes);
+    copier_->copy(source, target, owner_, nullptr, [weak = weak_from_this(), bytes](const Status& status) {
+      const auto self = weak.lock();
+      if (self && !status.ok()) return self->end(status);
+      if (self) self->copied(bytes);
     });
   }
   if (next_ < blocks * request_.layers.count && under_way_ < kCopyWindowBytes) step_later();
@@ -213,13 +285,13 @@ void CopyTask::copied(std::uint64_t bytes) {
   if (ended_) return;
   under_way_ -= bytes;
   if (--left_ == 0) return end({});
-  if (node_.copier() != nullptr) step_later();
+  if (copier_ != nullptr) step_later();
 }
 
 void CopyTask::end(const Status& why) {
   if (std::exchange(ended_, true)) return;
   const auto keep = shared_from_this();
-  if (node_.copier() != nullptr) node_.copier()->withdraw(owner_);
+  if (copier_ != nullptr) copier_->withdraw(owner_);
   if (why.ok()) {
     operation_.milestones()->reach(0);
   } else {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "dualkv/node.h"
@@ -23,15 +24,18 @@ class GrantTask : public NodeTask, public GrantSink, public std::enable_shared_f
   std::shared_ptr<NodeState> node() const { return node_.shared_from_this(); }
   void end(const Status& why);
 
-  std::size_t target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) override;
+  Target target(std::uint32_t layer, std::uint32_t block, Writer writer, std::span<Extent> out) override;
   void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
-               bool right) override;
+               Check check) override;
   void on_link_closed(Link& link, const Status& why) override;
   void abort(const Status& why) override { end(why); }
 
  private:
   GrantTask(NodeState& node, std::string peer, std::shared_ptr<const PagedKv> into,
             std::vector<std::uint32_t> block_ids);
+  std::size_t at(std::uint32_t layer, std::uint32_t block) const { return layer * block_ids_.size() + block; }
+  void arrived_wrong(std::uint32_t layer, std::uint32_t block);
+  void deliver(std::uint32_t layer, std::uint32_t block);
 
   NodeState& node_;
   const std::string peer_;
@@ -39,7 +43,10 @@ class GrantTask : public NodeTask, public GrantSink, public std::enable_shared_f
   const std::vector<std::uint32_t> block_ids_;
   const std::shared_ptr<Milestones> milestones_;
   std::uint64_t id_ = 0;
-  std::vector<bool> arrived_;  // [layer][block]
+  const std::uint64_t owner_ = next_owner();  // of copies to a GPU
+  DevicePort* port_ = nullptr;                // of a cache in a GPU's memory
+  std::optional<Landing> landing_;            // with it
+  std::vector<bool> arrived_;                 // [layer][block]
   std::vector<std::uint32_t> layer_left_;
   std::uint32_t layers_left_;
   Progress::TimerId timer_ = 0;
@@ -61,12 +68,14 @@ class SendTask : public NodeTask, public BlockSource, public std::enable_shared_
 
  private:
   SendTask(NodeState& node, SendRequest request);
-  void on_sent(std::size_t blocks, Outcome outcome);
+  void on_sent(std::uint32_t layer, std::size_t blocks, Outcome outcome);
 
   NodeState& node_;
   const SendRequest request_;
   Operation operation_;
   std::unique_ptr<LayerSender> sender_;
+  DevicePort* port_ = nullptr;              // of a source in a GPU's memory
+  std::unique_ptr<Departures> departures_;  // with it
   std::uint64_t left_ = 0;
   Progress::TimerId timer_ = 0;
   bool ended_ = false;
@@ -86,6 +95,8 @@ class CopyTask : public NodeTask, public std::enable_shared_from_this<CopyTask> 
 
  private:
   CopyTask(NodeState& node, CopyRequest request);
+  // Null: the CPU. Throws Error for copies that nothing makes.
+  Copier* choose_copier() const;
   void step_later();
   void step();
   void copied(std::uint64_t bytes);
@@ -93,6 +104,7 @@ class CopyTask : public NodeTask, public std::enable_shared_from_this<CopyTask> 
   NodeState& node_;
   const CopyRequest request_;
   const std::uint64_t owner_;
+  Copier* const copier_;
   Operation operation_;
   std::uint64_t next_ = 0;       // Layer Blocks begun
   std::uint64_t left_;           // not copied

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "base/clock.h"
-#include "memory/copier.h"
 
 namespace dualkv {
 
@@ -72,7 +71,7 @@ void NicCopier::copy(std::span<const Extent> from, std::span<const Extent> to, s
   }
   note_("copy_by_cpu");
   copy_by_cpu(job);
-  job.done();
+  job.done({});
 }
 
 bool NicCopier::enqueue(Job& job) {
@@ -140,7 +139,7 @@ void NicCopier::on_room(QueuePair& pair) {
     const Job job = std::move(jobs_.front());
     jobs_.pop_front();
     for (const Extent& extent : std::span(job.from).first(job.from_count)) stats_.bytes_by_nic += extent.bytes;
-    job.done();
+    job.done({});
     if (pair_.get() != &pair) return;  // withdrawn meanwhile
   }
   flush();
@@ -172,7 +171,7 @@ void NicCopier::finish_later(Job job) {
     if (alive.expired() || finished_.empty()) return;
     const Job job = std::move(finished_.front());
     finished_.pop_front();
-    job.done();
+    job.done({});
   });
 }
 

@@ -12,6 +12,7 @@
 
 #include "dualkv/node.h"
 #include "dualkv/paged_kv.h"
+#include "memory/copier.h"
 #include "rdma/domain.h"
 #include "rdma/queue_pair.h"
 #include "rdma/write_chain.h"
@@ -20,20 +21,15 @@ namespace dualkv {
 
 // A queue pair that is connected to itself. What it can't copy (memory that is not registered, a queue pair that is not
 // up) the CPU copies at once, and that is counted. Progress thread only.
-class NicCopier : public QueuePair::Events {
+class NicCopier : public Copier, public QueuePair::Events {
  public:
-  using Done = std::function<void()>;
-
   // `note` counts fallbacks. All must outlive it.
   NicCopier(Progress& progress, RdmaDomain& domain, const LaneMark& mark, std::function<void(const std::string&)> note);
   ~NicCopier() override;
 
-  // Both have as many bytes, and at most PagedKv::kMaxPlanes extents. `keep` holds the source until `done` or
-  // withdraw(). `done` may be called before this returns.
   void copy(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner, std::shared_ptr<void> keep,
-            Done done);
-  // When this returns the owner's copies read and write nothing any more; no `done` follows.
-  void withdraw(std::uint64_t owner);
+            Done done) override;
+  void withdraw(std::uint64_t owner) override;
   CopyStats stats() const;
 
   void on_room(QueuePair& pair) override;

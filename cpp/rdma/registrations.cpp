@@ -13,6 +13,20 @@ namespace {
 constexpr std::uint64_t kAtOnceBytes = std::uint64_t{64} << 20;
 constexpr auto kSweepPause = std::chrono::seconds(1);
 
+constexpr int kAccess = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+
+// Null, and errno, if it can't be.
+ibv_mr* register_plain(const Rail& rail, std::span<std::byte> memory, int access, const RdmaOptions& options) {
+  const Verbs& verbs = rail.verbs();
+  // Drivers that know no relaxed ordering ignore it: it is one of the optional flags.
+  if (options.relaxed_ordering && verbs.reg_mr_iova2 != nullptr) {
+    return verbs.reg_mr_iova2(rail.domain(), memory.data(), memory.size(),
+                              reinterpret_cast<std::uint64_t>(memory.data()),
+                              static_cast<unsigned>(access) | IBV_ACCESS_RELAXED_ORDERING);
+  }
+  return verbs.reg_mr(rail.domain(), memory.data(), memory.size(), access);
+}
+
 std::shared_ptr<const RdmaRegistration> try_register(std::span<const std::unique_ptr<Rail>> rails,
                                                      std::span<std::byte> memory, const RdmaOptions& options) {
   try {
@@ -27,31 +41,46 @@ std::shared_ptr<const RdmaRegistration> try_register(std::span<const std::unique
 RdmaRegistration::RdmaRegistration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
                                    const RdmaOptions& options)
     : rails_(rails), memory_(memory) {
-  for (const auto& rail : rails) {
-    Verbs& verbs = rail->verbs();
-    int access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
-    if (options.on_demand_paging) access |= IBV_ACCESS_ON_DEMAND;
+  int access = kAccess;
+  if (options.on_demand_paging) access |= IBV_ACCESS_ON_DEMAND;
+  register_all([&](Rail& rail) { return register_plain(rail, memory, access, options); });
+}
+
+RdmaRegistration::RdmaRegistration(std::span<const std::unique_ptr<Rail>> rails,
+                                   const std::shared_ptr<const GpuMemory>& memory, const RdmaOptions& options)
+    : rails_(rails), keep_(memory), memory_(memory->memory()), by_dma_buf_(true) {
+  const Fd dma_buf = memory->dma_buf();
+  register_all([&](Rail& rail) {
+    const Verbs& verbs = rail.verbs();
     ibv_mr* region = nullptr;
-    // Drivers that know no relaxed ordering ignore it: it is one of the optional flags.
-    if (options.relaxed_ordering && verbs.reg_mr_iova2 != nullptr) {
-      region = verbs.reg_mr_iova2(rail->domain(), memory.data(), memory.size(),
-                                  reinterpret_cast<std::uint64_t>(memory.data()),
-                                  static_cast<unsigned>(access) | IBV_ACCESS_RELAXED_ORDERING);
-    } else {
-      region = verbs.reg_mr(rail->domain(), memory.data(), memory.size(), access);
+    if (dma_buf.valid() && verbs.reg_dmabuf_mr != nullptr) {
+      const int access = options.relaxed_ordering ? kAccess | IBV_ACCESS_RELAXED_ORDERING : kAccess;
+      region = verbs.reg_dmabuf_mr(rail.domain(), 0, memory_.size(), reinterpret_cast<std::uint64_t>(memory_.data()),
+                                   dma_buf.get(), access);
     }
+    by_dma_buf_ = by_dma_buf_ && region != nullptr;
+    return region != nullptr ? region : register_plain(rail, memory_, kAccess, options);
+  });
+}
+
+template <typename Register>
+void RdmaRegistration::register_all(Register one) {
+  for (const auto& rail : rails_) {
+    ibv_mr* region = one(*rail);
     if (region == nullptr) {
       const int error = errno;
-      for (std::size_t i = 0; i < regions_.size(); ++i) rails[i]->verbs().dereg_mr(regions_[i]);
-      throw Error(Code::kNoSpace, text("rdma: cannot register ", memory.size(), " bytes with ", rail->name()), error);
+      end();
+      throw Error(Code::kNoSpace, text("rdma: cannot register ", memory_.size(), " bytes with ", rail->name()), error);
     }
     regions_.push_back(region);
   }
 }
 
-RdmaRegistration::~RdmaRegistration() {
+void RdmaRegistration::end() {
   for (std::size_t i = 0; i < regions_.size(); ++i) rails_[i]->verbs().dereg_mr(regions_[i]);
 }
+
+RdmaRegistration::~RdmaRegistration() { end(); }
 
 Registrations::Registrations(Progress& progress, Worker& worker, const KnownMemory& known,
                              std::span<const std::unique_ptr<Rail>> rails, const RdmaOptions& options,
@@ -69,6 +98,11 @@ std::shared_ptr<const RdmaRegistration> Registrations::find(const std::byte* dat
   entry.used = ++uses_;
   if (entry.registration || entry.state != State::kNone) return entry.registration;
   return begin(*range);
+}
+
+void Registrations::add(std::span<std::byte> memory, std::shared_ptr<const RdmaRegistration> registration) {
+  const KnownMemory::Range* range = known_.find(memory.data(), memory.size());
+  if (range != nullptr) entries_[range->id].registration = std::move(registration);
 }
 
 void Registrations::sweep() {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/worker.h"
+#include "memory/gpu_slots.h"
 #include "memory/known_memory.h"
 #include "rdma/rail.h"
 
@@ -22,6 +23,10 @@ class RdmaRegistration {
   // Throws Error. Blocking: pins all of the memory. Any thread.
   RdmaRegistration(std::span<const std::unique_ptr<Rail>> rails, std::span<std::byte> memory,
                    const RdmaOptions& options);
+  // Of a GPU's memory: by dma-buf where its driver, the kernel and the NIC's driver have it, else by nvidia-peermem,
+  // which makes it look like any memory.
+  RdmaRegistration(std::span<const std::unique_ptr<Rail>> rails, const std::shared_ptr<const GpuMemory>& memory,
+                   const RdmaOptions& options);
   ~RdmaRegistration();
   RdmaRegistration(const RdmaRegistration&) = delete;
   RdmaRegistration& operator=(const RdmaRegistration&) = delete;
@@ -31,11 +36,18 @@ class RdmaRegistration {
   }
   std::uint32_t local_key(std::size_t rail) const { return regions_[rail]->lkey; }
   std::uint32_t remote_key(std::size_t rail) const { return regions_[rail]->rkey; }
+  bool by_dma_buf() const { return by_dma_buf_; }
 
  private:
+  template <typename Register>
+  void register_all(Register one);
+  void end();
+
   std::span<const std::unique_ptr<Rail>> rails_;
+  const std::shared_ptr<const void> keep_;
   const std::span<std::byte> memory_;
   std::vector<ibv_mr*> regions_;
+  bool by_dma_buf_ = false;
 };
 
 // Registers ranges of KnownMemory when they are first asked for: small ones at once, large ones on the worker, as
@@ -51,6 +63,8 @@ class Registrations {
 
   // Null if the bytes are in no known range, or that is not registered (yet).
   std::shared_ptr<const RdmaRegistration> find(const std::byte* data, std::uint64_t bytes);
+  // Of a known range, made ahead. Does not count for the budget.
+  void add(std::span<std::byte> memory, std::shared_ptr<const RdmaRegistration> registration);
 
  private:
   enum class State : std::uint8_t { kNone, kInWork, kRefused };

@@ -53,6 +53,7 @@ Loaded load() {
   find(v.wc_status_str, "ibv_wc_status_str");
   if (!missing.empty()) return {{}, "libibverbs.so.1 has no " + missing + "; install a newer rdma-core"};
   find(v.reg_mr_iova2, "ibv_reg_mr_iova2", "IBVERBS_1.8");
+  find(v.reg_dmabuf_mr, "ibv_reg_dmabuf_mr", "IBVERBS_1.12");
   v.post_send = [](ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad) { return qp->context->ops.post_send(qp, wr, bad); };
   v.post_recv = [](ibv_qp* qp, ibv_recv_wr* wr, ibv_recv_wr** bad) { return qp->context->ops.post_recv(qp, wr, bad); };
   v.poll_cq = [](ibv_cq* cq, int most, ibv_wc* out) { return cq->context->ops.poll_cq(cq, most, out); };

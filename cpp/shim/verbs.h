@@ -25,6 +25,8 @@ struct Verbs {
   ibv_mr* (*reg_mr)(ibv_pd*, void*, std::size_t bytes, int access);
   // May be null: needs rdma-core 28. Takes IBV_ACCESS_OPTIONAL flags.
   ibv_mr* (*reg_mr_iova2)(ibv_pd*, void*, std::size_t bytes, std::uint64_t iova, unsigned int access);
+  // May be null: needs rdma-core 34.
+  decltype(&::ibv_reg_dmabuf_mr) reg_dmabuf_mr;
   decltype(&::ibv_dereg_mr) dereg_mr;
   decltype(&::ibv_create_comp_channel) create_comp_channel;
   decltype(&::ibv_destroy_comp_channel) destroy_comp_channel;

@@ -16,6 +16,8 @@
 
 namespace dualkv {
 
+class CudaDevice;
+
 // Reads `layers` of the file, and its trailer if wanted, to the same offsets of `slot` (as aligned extents that may
 // cover more).
 struct ReadRequest {
@@ -24,6 +26,9 @@ struct ReadRequest {
   LayerRange layers;
   bool trailer = true;
   std::byte* slot = nullptr;  // file_bytes() long, borrowed until the completion is polled
+  // As long, and borrowed too, if the layers are to come to this GPU's memory; then only the trailer comes to `slot`.
+  std::byte* gpu_slot = nullptr;
+  const CudaDevice* gpu = nullptr;
 };
 
 struct ReadCompletion {
@@ -87,6 +92,12 @@ std::unique_ptr<BlockReader> make_uring_reader(const KvGeometry& geometry, const
                                                std::shared_ptr<Registration> registration);
 std::unique_ptr<BlockReader> make_pread_reader(const KvGeometry& geometry, const FileAccess& access,
                                                std::uint32_t depth);
+// Throws Error(kUnsupported) where 3FS's library is not found, the directory is on no 3FS, or 3FS gives no memory.
+std::unique_ptr<BlockReader> make_usrbio_reader(const KvGeometry& geometry, const FileAccess& access,
+                                                std::uint32_t depth);
+// Adds reads into GPUs' memory, by cuFile, to what `host` can. cuFile must be there (GpuStaging).
+std::unique_ptr<BlockReader> make_cufile_reader(std::unique_ptr<BlockReader> host, const KvGeometry& geometry,
+                                                const FileAccess& access, std::uint32_t depth);
 // Paces submissions to bytes_per_s, as a storage NIC of that speed would.
 std::unique_ptr<BlockReader> make_limited_reader(std::unique_ptr<BlockReader> inner, const KvGeometry& geometry,
                                                  std::uint64_t bytes_per_s);

@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "base/clock.h"
+#include "memory/cuda_device.h"
 #include "storage/block_reader.h"
 
 namespace dualkv {
@@ -71,7 +72,17 @@ class FaultyReader : public BlockReader {
     const std::uint64_t begin = geometry_.layer_offset(request.layers.first);
     const std::uint64_t end = geometry_.layer_offset(request.layers.first + request.layers.count);
     const std::uint64_t at = std::uniform_int_distribution<std::uint64_t>(begin, end - 1)(random_);
-    request.slot[at] ^= std::byte{1};
+    if (request.gpu_slot == nullptr) {
+      request.slot[at] ^= std::byte{1};
+      return;
+    }
+    std::byte byte{};
+    const auto host = reinterpret_cast<std::uint64_t>(&byte), gpu = reinterpret_cast<std::uint64_t>(request.gpu_slot);
+    auto device = CudaDevice::open(request.gpu->ordinal());
+    const CopyRun out{gpu + at, host, 1}, back{host, gpu + at, 1};
+    device->copy_now({&out, 1}, HostSide::kTo);
+    byte ^= std::byte{1};
+    device->copy_now({&back, 1}, HostSide::kFrom);
   }
 
   std::unique_ptr<BlockReader> inner_;

@@ -59,7 +59,7 @@ void ReadQueue::close() {
   running_.clear();
   reader_.reset();
   for (const auto& done : told) {
-    if (done) done({{Code::kCancelled, 0}, "the store is closed", nullptr});
+    if (done) done({{Code::kCancelled, 0}, "the store is closed", nullptr, nullptr});
   }
 }
 
@@ -77,10 +77,14 @@ bool ReadQueue::start(ReadJob& job) {
   if (!job.slot) return false;
   const std::uint64_t id = next_id_;
   const bool with_trailer = !job.trailer || job.trailer->bytes.empty();
-  if (!reader_->try_submit({id, block_path(job.key), job.layers, with_trailer, job.slot.get()})) return false;
+  FreePieces::Piece gpu_slot = job.gpu != nullptr ? job.gpu->take() : nullptr;
+  if (!reader_->try_submit({id, block_path(job.key), job.layers, with_trailer, job.slot.get(), gpu_slot.get(),
+                            gpu_slot ? &job.gpu->device() : nullptr})) {
+    return false;
+  }
   ++next_id_;
   directory_.pin(job.key);
-  running_.emplace(id, Running{std::move(job), with_trailer});
+  running_.emplace(id, Running{std::move(job), with_trailer, std::move(gpu_slot)});
   return true;
 }
 
@@ -112,26 +116,29 @@ void ReadQueue::poll() {
   pump();
 }
 
-std::string ReadQueue::verify(const ReadJob& job, Slot& slot, bool with_trailer) {
-  const std::span<std::byte> image(slot.get(), geometry_.file_bytes());
+std::string ReadQueue::verify(const Running& running, std::byte* slot) {
+  const ReadJob& job = running.job;
+  const std::span<std::byte> image(slot, geometry_.file_bytes());
   const auto trailer = image.subspan(geometry_.payload_bytes());
-  if (!with_trailer) std::copy(job.trailer->bytes.begin(), job.trailer->bytes.end(), trailer.begin());
-  std::string wrong = check_image(geometry_, job.key, image, job.layers);
-  if (wrong.empty() && with_trailer && job.trailer) job.trailer->bytes.assign(trailer.begin(), trailer.end());
+  if (!running.with_trailer) std::copy(job.trailer->bytes.begin(), job.trailer->bytes.end(), trailer.begin());
+  std::string wrong = running.gpu_slot ? check_trailer(geometry_, job.key, trailer)
+                                       : check_image(geometry_, job.key, image, job.layers);
+  if (wrong.empty() && running.with_trailer && job.trailer) job.trailer->bytes.assign(trailer.begin(), trailer.end());
   return wrong;
 }
 
 void ReadQueue::complete(const ReadCompletion& completion) {
   auto node = running_.extract(completion.id);
-  ReadJob& job = node.mapped().job;
+  Running& running = node.mapped();
+  ReadJob& job = running.job;
   directory_.unpin(job.key);
   const std::uint64_t bytes = job_bytes(geometry_, job.layers);
-  ReadResult result{completion.outcome, {}, std::move(job.slot), {}};
+  ReadResult result{completion.outcome, {}, std::move(job.slot), running.gpu_slot, {}};
   if (!result.outcome.ok()) {
     result.reason = explain(completion);
   } else if (job.done) {
     const auto begin = Clock::now();
-    result.reason = verify(job, result.slot, node.mapped().with_trailer);
+    result.reason = verify(running, result.slot.get());
     result.verify_time = Clock::now() - begin;
     if (!result.reason.empty()) result.outcome = {Code::kCorrupt, 0};
   }

@@ -12,6 +12,7 @@
 #include "base/rate_meter.h"
 #include "dualkv/keys.h"
 #include "dualkv/staging.h"
+#include "memory/gpu_staging.h"
 #include "storage/block_directory.h"
 #include "storage/block_reader.h"
 
@@ -26,6 +27,7 @@ struct ReadResult {
   Outcome outcome;
   std::string reason;             // of a failure: what is wrong with the block
   Slot slot;                      // holds the verified layers and the trailer
+  FreePieces::Piece gpu_slot;     // if not null: the layers are there, at the same offsets, and not verified
   Clock::duration verify_time{};  // spent on checksums
 };
 
@@ -36,6 +38,7 @@ struct ReadJob {
   Slot slot;                              // null: one is taken from the pool when the job's turn comes
   std::shared_ptr<BlockTrailer> trailer;  // shared by the jobs of a block; null if this is the only one
   std::function<void(ReadResult)> done;   // on the progress thread
+  GpuStaging* gpu = nullptr;              // where the layers go, unless all its slots are out
 };
 
 struct ReadCounters {
@@ -64,11 +67,16 @@ class ReadQueue {
   ReadCounters counters() const;
 
  private:
+  struct Running {
+    ReadJob job;
+    bool with_trailer;
+    FreePieces::Piece gpu_slot;
+  };
   bool start(ReadJob& job);
   void poll();
   void complete(const ReadCompletion& completion);
   // Empty if the bytes are right; else what is wrong.
-  std::string verify(const ReadJob& job, Slot& slot, bool with_trailer);
+  std::string verify(const Running& running, std::byte* slot);
   void schedule_wake();
 
   Progress& progress_;
@@ -77,10 +85,6 @@ class ReadQueue {
   StagingPool pool_;
   std::unique_ptr<BlockReader> reader_;
   std::deque<ReadJob> waiting_;
-  struct Running {
-    ReadJob job;
-    bool with_trailer;
-  };
   std::unordered_map<std::uint64_t, Running> running_;
   std::uint64_t next_id_ = 1;
   Progress::TimerId wake_ = 0;

@@ -15,6 +15,7 @@
 #include "base/hash.h"
 #include "base/text.h"
 #include "memory/copier.h"
+#include "memory/cuda_device.h"
 #include "storage/store_state.h"
 
 namespace dualkv {
@@ -26,8 +27,9 @@ void require(bool fine, const std::string& message) {
 }
 
 void check_options(const StoreOptions& options) {
-  require(options.backend == "auto" || options.backend == "uring" || options.backend == "pread",
-          text("store: backend '", options.backend, "': must be auto, uring or pread"));
+  const bool known = options.backend == "auto" || options.backend == "uring" || options.backend == "pread" ||
+                     options.backend == "usrbio";
+  require(known, text("store: backend '", options.backend, "': must be auto, uring, pread or usrbio"));
   require(options.direct == "auto" || options.direct == "on" || options.direct == "off",
           text("store: direct '", options.direct, "': must be auto, on or off"));
   require(options.depth <= 4096, text("store: depth ", options.depth, ": must be 0 (automatic) to 4096"));
@@ -86,7 +88,7 @@ std::uint64_t next_owner() {
 }
 
 StoreState::StoreState(const KvGeometry& geometry, const StoreOptions& options, const StagingPool& pool,
-                       std::shared_ptr<Progress> progress)
+                       std::shared_ptr<Progress> progress, bool reads_to_gpus)
     : geometry_((check_options(options), check_pool(geometry, pool), geometry)),
       options_(with_depth(geometry, options)),
       pool_(pool),
@@ -101,15 +103,19 @@ StoreState::StoreState(const KvGeometry& geometry, const StoreOptions& options, 
     }
     if (!access_.direct) fallbacks_.count("no_direct", text("'", options.root, "' refuses O_DIRECT"));
   }
-  auto reader = make_reader();
+  auto reader = make_reader(reads_to_gpus);
   progress_->run(
       [&] { reads_ = std::make_shared<ReadQueue>(*progress_, geometry_, directory_, pool_, std::move(reader)); });
   writer_ = std::make_unique<BlockWriter>(geometry_, options_, access_, directory_);
 }
 
-std::unique_ptr<BlockReader> StoreState::make_reader() {
+std::unique_ptr<BlockReader> StoreState::make_reader(bool reads_to_gpus) {
   std::unique_ptr<BlockReader> reader;
-  if (options_.backend != "pread") {
+  if (options_.backend == "usrbio") {
+    reader = make_usrbio_reader(geometry_, access_, options_.depth);
+    backend_ = "usrbio";
+  }
+  if (options_.backend == "auto" || options_.backend == "uring") {
     try {
       reader = make_uring_reader(geometry_, access_, pool_, options_.depth, registration_);
       backend_ = "uring";
@@ -123,6 +129,7 @@ std::unique_ptr<BlockReader> StoreState::make_reader() {
     reader = make_pread_reader(geometry_, access_, options_.depth);
     backend_ = "pread";
   }
+  if (reads_to_gpus) reader = make_cufile_reader(std::move(reader), geometry_, access_, options_.depth);
   if (options_.read_limit_bytes_per_s > 0) {
     reader = make_limited_reader(std::move(reader), geometry_, options_.read_limit_bytes_per_s);
   }
@@ -317,12 +324,20 @@ Operation ended_with(Status status) {
   return operation;
 }
 
+// Throws Error(kIo) if it is in a GPU's memory, and that fails.
 void gather_block(const KvGeometry& geometry, const PagedKv& source, std::uint32_t block_id, std::byte* image) {
+  std::vector<CopyRun> runs;  // by a GPU
   for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
     std::array<Extent, PagedKv::kMaxPlanes> extents;
-    const std::size_t count = source.extents(layer, block_id, extents);
-    gather(std::span(extents).first(count), image + geometry.layer_offset(layer));
+    const auto from = std::span(extents).first(source.extents(layer, block_id, extents));
+    if (source.on_host()) {
+      gather(from, image + geometry.layer_offset(layer));
+    } else {
+      const Extent to{image + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
+      append_runs(from, {&to, 1}, runs);
+    }
   }
+  if (!source.on_host()) CudaDevice::open(source.device())->copy_now(runs, HostSide::kTo);
 }
 
 }  // namespace
@@ -341,7 +356,11 @@ Operation Store::save(std::span<const Key> keys, const PagedKv& source, std::spa
     if (state_->directory().good(keys[i])) continue;
     const Slot slot = wait_for_slot(pool(), deadline);
     if (!slot) return ended_with({Code::kTimeout, 0, "save: no staging slot became free by the deadline"});
-    gather_block(geometry(), source, block_ids[i], slot.get());
+    try {
+      gather_block(geometry(), source, block_ids[i], slot.get());
+    } catch (const Error& error) {
+      return ended_with(error.status());
+    }
     const TrailerInfo info{keys[i], i == 0 ? parent : keys[i - 1]};
     if (!state_->writer().submit({info, slot, call}, deadline)) {
       return ended_with(

@@ -19,8 +19,9 @@ std::uint64_t next_owner();
 // reads() only on the progress thread.
 class StoreState : public std::enable_shared_from_this<StoreState> {
  public:
+  // `reads_to_gpus`: reads may have a GpuStaging.
   StoreState(const KvGeometry& geometry, const StoreOptions& options, const StagingPool& pool,
-             std::shared_ptr<Progress> progress);
+             std::shared_ptr<Progress> progress, bool reads_to_gpus = false);
   ~StoreState();
   StoreState(const StoreState&) = delete;
   StoreState& operator=(const StoreState&) = delete;
@@ -40,7 +41,7 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
   StoreStats stats() const;
 
  private:
-  std::unique_ptr<BlockReader> make_reader();
+  std::unique_ptr<BlockReader> make_reader(bool reads_to_gpus);
 
   const KvGeometry geometry_;
   const StoreOptions options_;

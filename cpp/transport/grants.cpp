@@ -41,10 +41,11 @@ GrantSink* GrantTable::find(std::uint64_t grant, const std::string& peer) const 
   return found != grants_.end() && found->second.peer == peer ? found->second.sink : nullptr;
 }
 
-InboundWrite::InboundWrite(GrantTable& grants, std::string peer, WriteHeader header)
+InboundWrite::InboundWrite(GrantTable& grants, std::string peer, WriteHeader header, Writer writer)
     : grants_(grants),
       peer_(std::move(peer)),
       header_(std::move(header)),
+      writer_(writer),
       layer_bytes_(grants.geometry().layer_bytes(header_.layer)),
       left_(layer_bytes_ * header_.entries.size()) {}
 
@@ -57,7 +58,7 @@ std::size_t InboundWrite::next(std::span<iovec> out) {
     const std::uint32_t block = header_.entries[at / layer_bytes_].block;
     std::uint64_t skip = at % layer_bytes_;
     Extents extents;
-    const std::size_t count = sink ? sink->target(header_.layer, block, extents) : 0;
+    const std::size_t count = sink ? sink->target(header_.layer, block, writer_, extents).extents : 0;
     if (count == 0) {
       const std::uint64_t bytes = std::min<std::uint64_t>(layer_bytes_ - skip, discard_area().size());
       out[pieces++] = {discard_area().data(), bytes};
@@ -86,12 +87,16 @@ Outcome InboundWrite::hand_over(Sum sum) {
     // Looked up again for each block: handing over one may end the load and its grant.
     GrantSink* sink = grants_.find(header_.grant, peer_);
     Extents extents;
-    const std::size_t count = sink ? sink->target(header_.layer, entry.block, extents) : 0;
-    skipped |= count == 0;
-    if (count == 0) continue;
-    const bool right = sum(entry, std::span<const Extent>(extents).first(count)) == entry.checksum;
-    if (!right) outcome = {Code::kCorrupt, 0};
-    sink->arrived(peer_, header_.layer, entry.block, entry.checksum, right);
+    const auto target = sink ? sink->target(header_.layer, entry.block, writer_, extents) : GrantSink::Target{};
+    skipped |= target.extents == 0;
+    if (target.extents == 0) continue;
+    auto check = GrantSink::Check::kOnGpu;
+    if (!target.on_gpu) {
+      const bool right = sum(entry, std::span<const Extent>(extents).first(target.extents)) == entry.checksum;
+      check = right ? GrantSink::Check::kRight : GrantSink::Check::kWrong;
+    }
+    if (check == GrantSink::Check::kWrong) outcome = {Code::kCorrupt, 0};
+    sink->arrived(peer_, header_.layer, entry.block, entry.checksum, check);
   }
   // Not wanted any more is fine; not wanted because the grant ended meanwhile must not look like a delivery.
   if (outcome.ok() && skipped && grants_.find(header_.grant, peer_) == nullptr) return {Code::kRefused, 0};

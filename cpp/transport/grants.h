@@ -16,15 +16,24 @@
 
 namespace dualkv {
 
+// Who puts a Layer Block in its place.
+enum class Writer : std::uint8_t { kCpu, kNic };
+
 // Decides where blocks of a grant go. Implemented by loads; called on the progress thread.
 class GrantSink {
  public:
+  struct Target {
+    std::size_t extents = 0;
+    bool on_gpu = false;  // for a NIC only: where no CPU may look
+  };
+  enum class Check : std::uint8_t { kWrong, kRight, kOnGpu };  // kOnGpu: for the sink to check
+
   virtual ~GrantSink() = default;
-  // Extents of a Layer Block, or 0 if it is not wanted (there already, or taken back): its bytes are discarded.
-  virtual std::size_t target(std::uint32_t layer, std::uint32_t block, std::span<Extent> out) = 0;
-  // The bytes are in place and their checksum is `right`. target() is 0 for the block from now on, if it was.
+  // Extents of a Layer Block; none if it is not wanted (there already, or taken back): its bytes are discarded.
+  virtual Target target(std::uint32_t layer, std::uint32_t block, Writer writer, std::span<Extent> out) = 0;
+  // The bytes are in place. The block has no target from now on, unless they are wrong.
   virtual void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
-                       bool right) = 0;
+                       Check check) = 0;
 };
 
 // A link whose peer writes without asking this CPU for every byte: what it was allowed goes on until it is fenced.
@@ -70,7 +79,7 @@ class InboundWrite {
  public:
   static constexpr std::size_t kMaxPieces = 64;
 
-  InboundWrite(GrantTable& grants, std::string peer, WriteHeader header);
+  InboundWrite(GrantTable& grants, std::string peer, WriteHeader header, Writer writer = Writer::kCpu);
 
   const WriteHeader& header() const { return header_; }
   std::uint64_t bytes_left() const { return left_; }
@@ -81,7 +90,8 @@ class InboundWrite {
   void give_up() { failed_ = true; }
   // All at once, from memory that this process has mapped: copies and verifies in one pass, and hands over.
   Outcome copy_from(const PeerMemory& memory);
-  // Verifies and hands over. kRefused if the grant does not allow this peer, kCorrupt if a block was wrong.
+  // Verifies and hands over; what only a GPU can verify, its sink will. kRefused if the grant does not allow this peer,
+  // kCorrupt if a block was wrong.
   Outcome finish();
 
  private:
@@ -93,6 +103,7 @@ class InboundWrite {
   GrantTable& grants_;
   const std::string peer_;
   const WriteHeader header_;
+  const Writer writer_;
   const std::uint64_t layer_bytes_;
   std::uint64_t left_;
   bool failed_ = false;

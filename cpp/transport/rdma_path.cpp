@@ -502,7 +502,7 @@ bool RdmaPath::on_ask(Lane lane, std::span<const std::byte> body) {
   for (std::size_t i = 0; i < wanted.entries.size(); ++i) {
     const WriteEntry& entry = wanted.entries[i];
     std::array<Extent, PagedKv::kMaxPlanes> target;
-    const std::size_t count = sink->target(wanted.layer, entry.block, target);
+    const std::size_t count = sink->target(wanted.layer, entry.block, Writer::kNic, target).extents;
     if (count == 0) continue;
     if (is_open(wanted.grant, wanted.layer, entry.block)) {
       refuse_to_clear(lane, wanted.id);
@@ -526,7 +526,7 @@ bool RdmaPath::on_ask(Lane lane, std::span<const std::byte> body) {
     refuse_to_clear(lane, wanted.id);
     return true;
   }
-  open.inbound = std::make_unique<InboundWrite>(grants_, peer_, std::move(taken));
+  open.inbound = std::make_unique<InboundWrite>(grants_, peer_, std::move(taken), Writer::kNic);
   if (open.blocks.empty()) {  // nothing of it is wanted any more
     host_.written(lane, *open.inbound, open.inbound->finish());
     return true;

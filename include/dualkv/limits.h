@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "dualkv/gpu.h"
+
 namespace dualkv::limits {
 
 // What one loop did. Memory is allocated, faulted in and registered before the clock starts.
@@ -85,6 +87,42 @@ class SocketLimit {
 
  private:
   std::unique_ptr<FaultedMemory> memory_;
+};
+
+struct GpuCopies {
+  int gpu = 0;
+  bool to_gpu = true;  // else from it
+  std::uint64_t block_bytes = 0;
+  std::uint64_t count = 0;
+};
+
+struct GpuSample {
+  Sample sample;
+  double submit_s = 0;  // until the calls had returned
+};
+
+// Pinned memory of the host, as much of a GPU's, and blocks that go from the one to the other in scattered order.
+// One thread at a time; every run blocks until the last byte is there.
+class GpuArena {
+ public:
+  // Throws Error: kUnsupported without such a GPU, kIo where there is not so much memory.
+  explicit GpuArena(const GpuCopies& copies);
+  ~GpuArena();
+  GpuArena(const GpuArena&) = delete;
+  GpuArena& operator=(const GpuArena&) = delete;
+
+  // All blocks by one engine. Throws Error(kUnsupported) where it can't be had.
+  GpuSample run(GpuCopy engine);
+  // And their checksums, on the GPU.
+  GpuSample run_verified(GpuCopy engine);
+  // As many bytes by one call: what the link gives.
+  GpuSample one_copy();
+  // Fills the source with noise, runs, and compares.
+  bool moves_the_right_bytes(GpuCopy engine);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace dualkv::limits

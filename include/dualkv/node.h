@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dualkv/geometry.h"
+#include "dualkv/gpu.h"
 #include "dualkv/lane.h"
 #include "dualkv/operation.h"
 #include "dualkv/paged_kv.h"
@@ -53,9 +54,10 @@ struct NodeOptions {
   std::string secret;  // shared by all peers; required to listen on or connect to another host
   std::uint32_t connections_per_lane = 2;  // tcp; rdma: and queue pairs
   RdmaOptions rdma;
-  CopyEngine copy = CopyEngine::kCpu;                        // staging to cache, and copy(); kNic needs an RDMA device
-  LaneOptions lanes[kLaneCount] = {{8, 1, 2}, {46, 6, 0}};   // LOW: CS1; HIGH: EF
-  std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;  // most bytes one write frame carries
+  CopyEngine copy = CopyEngine::kCpu;  // staging to cache, and copy(), in host memory; kNic needs an RDMA device
+  GpuOptions gpu;
+  LaneOptions lanes[kLaneCount] = {{8, 1, 2}, {46, 6, 0}};     // LOW: CS1; HIGH: EF
+  std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;    // most bytes one write frame carries
   std::uint64_t write_window_bytes = std::uint64_t{16} << 20;  // unacknowledged bytes per link and lane
   double heartbeat_s = 0.1;                                    // a view is sent at least this often
   double peer_silence_s = 2.0;                                 // a link that received nothing for this long is lost
@@ -124,6 +126,25 @@ struct LoadRequest {
 };
 
 class LoadTask;
+class GateState;
+
+// For CUDA graphs, which are captured once and replayed for one load after the other: a gate a layer, of fixed
+// addresses, in the place of Load::wait_on_stream() and publish(). Must outlive the graphs. A handle; thread-safe.
+class LayerGates {
+ public:
+  explicit LayerGates(std::shared_ptr<GateState> state) : state_(std::move(state)) {}
+
+  std::uint32_t layers() const;
+  // Puts on `stream`, which may be being captured: a wait until the load that has the gates (Load::open_gates) has the
+  // layer in place, or has failed. Gates that no load has been given are open. Throws Error: kInvalidArgument, kIo.
+  void wait(std::uint32_t layer, void* stream) const;
+  // Puts on `stream`: Load::publish(layer) of that load. Throws as wait().
+  void publish(std::uint32_t layer, void* stream) const;
+
+ private:
+  friend class Load;
+  std::shared_ptr<GateState> state_;
+};
 
 // A load in progress. A handle; dropping the last one cancels the load. Thread-safe.
 class Load {
@@ -137,6 +158,11 @@ class Load {
   // Blocks until every byte of `layer` is in place. Status as in Milestones::wait. The first wait of a layer is in the
   // result, for timelines.
   Status wait(std::uint32_t layer, Clock::time_point until = Clock::time_point::max()) const;
+  // Makes the GPU wait, not the CPU: what is put on `stream` (a CUstream or cudaStream_t of the cache's GPU) from now
+  // on begins when the layer is in place, or the load has failed. So whether it failed is to be asked (finish(), or
+  // milestones()) before results are used. Returns at once. Throws Error: kInvalidArgument (the cache is in host
+  // memory, or the stream is being captured: see LayerGates), the load's own if it has failed, kIo.
+  void wait_on_stream(std::uint32_t layer, void* stream) const;
   // For those who wait in another way, through milestones(): the wait that began then has ended now.
   void note_wait(std::uint32_t layer, Clock::time_point begin) const;
   // Where the prompt's next blocks are (LoadRequest::prompt_blocks). All before the first publish(). Throws
@@ -144,6 +170,14 @@ class Load {
   void add_blocks(std::span<const std::uint32_t> block_ids);
   // The layer's new KV is in the cache: send it, and what the decode node did not read itself, on the LOW lane.
   void publish(std::uint32_t layer);
+  // The same, when what is on `stream` by now is done; returns at once. The layer must have been loaded by then, as it
+  // is after a wait_on_stream() on it.
+  void publish(std::uint32_t layer, void* stream);
+  // What is put on `stream` from now on and waits at these gates, waits for this load. Once what is on it by now is
+  // done: nothing else may wait at them then. Throws Error: kInvalidArgument (the cache is in host memory, the gates
+  // are of another model, the stream is being captured), the load's own if it has failed, kIo. One load may have
+  // several gates.
+  void open_gates(const LayerGates& gates, void* stream);
   // The engine no longer needs this layer's window slot (window_layers > 0): one more layer of credit.
   void release(std::uint32_t layer);
   // No more bytes will move when this returns; the caller's memory is free.
@@ -259,6 +293,7 @@ struct NodeStats {
   StoreStats store;
   StagingStats staging;
   CopyStats copies;
+  std::vector<GpuStats> gpus;  // whose memory this node has been given
   std::vector<LinkStats> links;
   std::uint32_t loads_active = 0;
   std::uint32_t loads_served = 0;  // active, on behalf of peers
@@ -306,6 +341,12 @@ class Node {
   // kernel's help (shm): a place for the caches of engines on CPUs. Freed with the last copy. At most 63 at a time.
   // Throws Error(kNoSpace).
   std::shared_ptr<std::byte> allocate(std::uint64_t bytes);
+  // Makes what copies to and from this cache's GPU need: streams, the staging pinned, the engines timed. Otherwise the
+  // first call with such a cache does; pinning takes about 0.1 s a GiB of staging. Nothing for host memory. Throws
+  // Error(kUnsupported) where the GPU can't be used, kInvalidArgument if the memory is not of that GPU.
+  void prepare(const PagedKv& cache);
+  // New gates for graphs on this GPU. Throws Error(kUnsupported) where it can't be used, kIo.
+  LayerGates layer_gates(int gpu = 0);
   NodeStats stats() const;
   void close();
 

@@ -31,7 +31,7 @@ struct ReadFaults {
 
 struct StoreOptions {
   std::string root;                          // directory; created if its parent exists
-  std::string backend = "auto";              // "uring", "pread" or "auto": uring where the kernel allows it
+  std::string backend = "auto";              // "auto": uring where the kernel allows it, else pread; "usrbio": 3FS
   std::string direct = "auto";               // O_DIRECT "on", "off" or "auto": where the file system allows it
   std::uint32_t depth = 0;                   // blocks being read at once; 0 = 8 MiB of them, 32 to 128
   std::uint64_t read_limit_bytes_per_s = 0;  // token bucket standing in for a storage NIC; 0 = none

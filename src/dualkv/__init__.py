@@ -6,7 +6,8 @@ Start with :class:`Node`; ``docs/embedding.md`` walks through a whole engine.
 from dualkv._dualkv import Path, PathRange, Plan
 from dualkv.errors import Error
 from dualkv.geometry import KvGeometry, block_keys, checksum
-from dualkv.node import Grant, Incoming, Load, Node, Peer
+from dualkv.gpu import Gpu, gpus
+from dualkv.node import Grant, Incoming, LayerGates, Load, Node, Peer
 from dualkv.paged import PagedKv
 from dualkv.policy import (
     DecodeOnly,
@@ -29,9 +30,11 @@ __all__ = [
     "DecodeOnly",
     "EngineReport",
     "Error",
+    "Gpu",
     "Grant",
     "Incoming",
     "KvGeometry",
+    "LayerGates",
     "Load",
     "Node",
     "NodeView",
@@ -54,4 +57,5 @@ __all__ = [
     "block_keys",
     "checksum",
     "chrome_trace",
+    "gpus",
 ]

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from dualkv import _dualkv
 from dualkv.errors import Error, invalid
 from dualkv.geometry import KvGeometry
+from dualkv.gpu import stream_handle
 from dualkv.paged import PagedKv, block_ids_array
 from dualkv.policy import NodeView
 from dualkv.sizes import parse_size
@@ -42,6 +43,11 @@ _NODE_OPTIONS = {
     "max_loads",
     "max_peers",
     "copy",
+    "gpu_copy",
+    "gpu_verify",
+    "gpu_bounce",
+    "gpu_gds",
+    "gpu_rdma",
 }
 _RDMA_OPTIONS = {
     "devices",
@@ -128,12 +134,43 @@ class Load:
         """
         self._core.add_blocks(block_ids_array(block_ids))
 
-    def publish(self, layer: int) -> None:
+    def wait_on_stream(self, layer: int, stream: Any) -> None:
+        """Makes the GPU wait for the layer, not the CPU; returns at once. For caches in a GPU's memory.
+
+        What is put on ``stream`` from now on begins when the layer is in place, **or the load has failed**: ask
+        :meth:`finish`, or :attr:`done` and :meth:`ready`, before results are used. In a graph: :class:`LayerGates`.
+
+        Args:
+            stream: of the cache's GPU: a torch or cupy stream, an object with ``__cuda_stream__``, or the handle.
+
+        Raises:
+            Error: why the load failed, if it has; ``invalid_argument`` for a cache in host memory, or a stream that is
+                being captured; ``io``.
+        """
+        self._core.wait_on_stream(self._layer(layer), stream_handle(stream))
+
+    def publish(self, layer: int, stream: Any = None) -> None:
         """This layer's new KV is in the cache: send it to the decode node, with what that did not read itself.
 
         Returns at once. The layer must be in place. The cache must not change until :meth:`finish`.
+
+        Args:
+            stream: of the cache's GPU, as in :meth:`wait_on_stream`: begin when what is on it by now is done. The
+                layer must be in place by then.
         """
-        self._core.publish(self._layer(layer))
+        if stream is None:
+            self._core.publish(self._layer(layer))
+        else:
+            self._core.publish_on_stream(self._layer(layer), stream_handle(stream))
+
+    def open_gates(self, gates: "LayerGates", stream: Any) -> None:
+        """Graphs that are replayed on ``stream`` from now on, and have these gates, are for this load. Returns at once.
+
+        Raises:
+            Error: why the load failed, if it has; ``invalid_argument`` for a cache in host memory, gates of another
+                model, or a stream that is being captured; ``io``.
+        """
+        self._core.open_gates(gates._core, stream_handle(stream))
 
     def release(self, layer: int) -> None:
         """The window slot of this layer is free again (``window_layers``); layers in order."""
@@ -176,6 +213,34 @@ class Load:
         """Index of the block that no node could read, if that is why the load failed."""
         block = int(self._core.failed_block)
         return None if block < 0 else block
+
+
+class LayerGates:
+    """For CUDA graphs, which are captured once and replayed for one load after the other: a gate a layer.
+
+    While the graph is captured, :meth:`wait` and :meth:`publish` stand where :meth:`Load.wait_on_stream` and
+    :meth:`Load.publish` would. Before each replay, :meth:`Load.open_gates` says for which load it is. Must outlive the
+    graphs. From :meth:`Node.layer_gates`.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    @property
+    def layers(self) -> int:
+        """How many gates there are."""
+        return int(self._core.layers)
+
+    def wait(self, layer: int, stream: Any) -> None:
+        """Puts on the stream a wait until the load that has the gates has the layer in place, **or has failed**.
+
+        Gates that no load has been given are open, so that a warm-up waits for nothing.
+        """
+        self._core.wait(layer, stream_handle(stream))
+
+    def publish(self, layer: int, stream: Any) -> None:
+        """Puts on the stream a :meth:`Load.publish` of the layer, of the load that has the gates."""
+        self._core.publish(layer, stream_handle(stream))
 
 
 class Incoming:
@@ -373,7 +438,7 @@ class Node:
     ) -> None:
         check_options(options, _NODE_OPTIONS, "node")
         node = dict(options)
-        for size in ("write_frame", "write_window"):
+        for size in ("write_frame", "write_window", "gpu_bounce", "gpu_gds", "gpu_rdma"):
             if size in node:
                 node[size] = parse_size(node[size])
         node["name"] = name
@@ -493,6 +558,25 @@ class Node:
     ) -> Operation:
         """Persists Full Blocks as soon as they are complete; see :meth:`Store.save`."""
         return self.store.save(keys, source, block_ids, parent=parent, deadline_s=deadline_s)
+
+    def prepare(self, cache: PagedKv) -> None:
+        """Sets up what copies to and from this cache's GPU need: streams, pinned staging, the choice of an engine.
+
+        Otherwise the first call with such a cache does. Blocks, some 0.1 s a GiB of staging; releases the GIL.
+        Nothing for host memory.
+
+        Raises:
+            Error: ``unsupported`` where the GPU, or the engine that ``gpu_copy`` names, can't be had.
+        """
+        self._core.prepare(cache)
+
+    def layer_gates(self, gpu: int = 0) -> LayerGates:
+        """New gates for graphs on this GPU.
+
+        Raises:
+            Error: ``unsupported`` where it can't be used; ``io``.
+        """
+        return LayerGates(self._core.layer_gates(gpu))
 
     def copy(
         self,

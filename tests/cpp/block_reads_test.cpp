@@ -29,7 +29,7 @@ class GroupedReads : public NodeTestBase, public ::testing::TestWithParam<Parame
     return policy.plan(request);
   }
 
-  LoadRequest request(const Plan& plan, const HostCache& cache, std::uint32_t layers_per_read, double deadline_s = 10) {
+  LoadRequest request(const Plan& plan, const TestCache& cache, std::uint32_t layers_per_read, double deadline_s = 10) {
     LoadRequest request{plan, cache.paged(), iota_ids(kBlocks), deadline_s};
     request.layers_per_read = layers_per_read;
     return request;
@@ -61,7 +61,7 @@ class GroupedReads : public NodeTestBase, public ::testing::TestWithParam<Parame
     de_.reset();
     start(pe, de);
     Split policy;
-    HostCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
+    TestCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
     Load load = pe_->load(request(plan(policy), cache, layers_per_read, 3));
     Incoming incoming = de_->incoming(load.id(), 3);
     for (std::uint32_t layer = 0; layer < layers(); ++layer) {
@@ -131,7 +131,7 @@ TEST_P(GroupedReads, AHelperReadsForOthers) {
       request.prefill = pe_->view();
       request.helpers = {pe_->peer("helper").view()};
       Split policy;
-      HostCache cache(geometry_, kBlocks);
+      TestCache cache(geometry_, kBlocks);
       Load load = pe_->load({policy.plan(request), cache.paged(), iota_ids(kBlocks), 10, window, layers_per_read});
       for (std::uint32_t layer = 0; layer < layers(); ++layer) {
         ASSERT_TRUE(load.wait(layer, in(10)).ok()) << load.milestones()->status().message;
@@ -153,7 +153,7 @@ TEST_P(GroupedReads, WhatTheDecodeNodeSavesFromStagingIsRight) {
     renamed.emplace_back(std::as_bytes(std::span(name)));
   }
   DecodeOnly policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks);
   Load load = pe_->load(request(plan(policy), cache, 2));
   Incoming incoming = de_->incoming(load.id(), 10);
   for (std::uint32_t layer = 0; layer < layers(); ++layer) {
@@ -168,7 +168,7 @@ TEST_P(GroupedReads, WhatTheDecodeNodeSavesFromStagingIsRight) {
   again.keys = renamed;
   again.prefill = pe_->view();
   PrefillOnly local;
-  HostCache read_back(geometry_, kBlocks);
+  TestCache read_back(geometry_, kBlocks);
   ASSERT_TRUE(pe_->load(request(local.plan(again), read_back, 3)).finish(in(10)).ok());
   for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(read_back.holds(i, i + 1)) << i;
 }
@@ -182,7 +182,7 @@ TEST_P(GroupedReads, TheDecodeNodeMaySaveWhileItStillServes) {
     renamed.emplace_back(std::as_bytes(std::span(name)));
   }
   DecodeOnly policy;
-  HostCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
   LoadRequest windowed = request(plan(policy), cache, 1);
   windowed.window_layers = 1;
   Load load = pe_->load(std::move(windowed));
@@ -208,7 +208,7 @@ TEST_P(GroupedReads, TheResultSaysWhenEachGroupWasRead) {
   Split policy;
   std::size_t reported = 0;
   for (std::uint32_t layers_per_read = 1; layers_per_read <= layers(); ++layers_per_read) {
-    HostCache cache(geometry_, kBlocks);
+    TestCache cache(geometry_, kBlocks);
     Load load = pe_->load(request(plan(policy), cache, layers_per_read));
     const Incoming incoming = de_->incoming(load.id(), 10);
     for (std::uint32_t layer = 0; layer < layers(); ++layer) {
@@ -230,7 +230,7 @@ TEST_P(GroupedReads, TheFirstLayersAreReadyBeforeTheLastAreRead) {
   auto pe = options("pe");
   pe.store.read_limit_bytes_per_s = kBlocks * geometry_.file_bytes() * 10;
   start(pe, options("de"));
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks);
   Load load = pe_->load(request(local_plan(), cache, 1));
   ASSERT_TRUE(load.finish(in(10)).ok());
   const LoadResult result = load.result();
@@ -251,7 +251,7 @@ TEST_P(GroupedReads, ABlockCorruptInALaterLayerFailsTheLoadByNameAfterTheLayersB
     de_.reset();
     start(pe, options("de"));
     corrupt(5, geometry_.layer_offset(bad));
-    HostCache cache(geometry_, kBlocks);
+    TestCache cache(geometry_, kBlocks);
     Load load = pe_->load(request(local_plan(), cache, 1));
     const Status status = load.finish(in(10));
     EXPECT_EQ(status.code, Code::kCorrupt) << status.message;
@@ -301,7 +301,7 @@ TEST_P(GroupedReads, ABlockThatTheDecodeNodeTookOverIsThereWhenTheLoadEnds) {
   corrupt(5, geometry_.layer_offset(layers() - 1), pe.store.root);  // the last layer, and for the prefill node only
   PrefillOnly policy;
   for (int round = 0; round < 20; ++round) {
-    HostCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
+    TestCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
     Load load = pe_->load(request(plan(policy), cache, 1));
     Incoming incoming = de_->incoming(load.id(), 10);
     ASSERT_TRUE(load.wait(layers() - 1, in(10)).ok()) << load.milestones()->status().message;
@@ -353,7 +353,7 @@ TEST_P(GroupedReads, ALaterReadOfASharedPageDamagesNothing) {
   de.store.direct = "off";
   start(options("pe"), de);
   DecodeOnly policy;
-  HostCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks), decode_cache(geometry_, kBlocks);
   Load load = pe_->load(request(plan(policy), cache, 1));
   Incoming incoming = de_->incoming(load.id(), 10);
   ASSERT_TRUE(load.wait(0, in(10)).ok()) << load.milestones()->status().message;
@@ -374,7 +374,7 @@ TEST_P(GroupedReads, ALaterReadOfASharedPageDamagesNothing) {
 
 TEST_P(GroupedReads, MoreLayersThanThereAreIsRefused) {
   start();
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks);
   EXPECT_EQ(code_of([&] { pe_->load(request(local_plan(), cache, layers() + 1)); }), Code::kInvalidArgument);
   EXPECT_EQ(code_of([&] { pe_->load(request(local_plan(), cache, ~0u)); }), Code::kInvalidArgument);
   expect_all_free();

@@ -19,19 +19,19 @@ class CopyTest : public NodeTestBase, public ::testing::TestWithParam<CopyEngine
     start(pe, options("de"));
     if (GetParam() == CopyEngine::kNic) wait_for_the_nic();
   }
-  CopyRequest request(const HostCache& target) {
+  CopyRequest request(const TestCache& target) {
     std::vector<std::uint32_t> reversed;
     for (std::uint32_t i = 0; i < kBlocks; ++i) reversed.push_back(kBlocks - 1 - i);
     return {source_.paged(), iota_ids(kBlocks), target.paged(), reversed, {0, geometry_.layers()}};
   }
-  Status copy_all(HostCache& target) { return pe_->copy(request(target)).wait(in(10)); }
-  bool holds_all(const HostCache& target) {
+  Status copy_all(TestCache& target) { return pe_->copy(request(target)).wait(in(10)); }
+  bool holds_all(const TestCache& target) {
     bool right = true;
     for (std::uint32_t i = 0; i < kBlocks; ++i) right &= target.holds(kBlocks - 1 - i, i + 1);
     return right;
   }
   void wait_for_the_nic() {
-    HostCache target(geometry_, kBlocks);
+    TestCache target(geometry_, kBlocks, device_);
     ASSERT_TRUE(eventually([&] {
       EXPECT_TRUE(copy_all(target).ok());
       return pe_->stats().copies.bytes_by_nic > 0;
@@ -40,7 +40,7 @@ class CopyTest : public NodeTestBase, public ::testing::TestWithParam<CopyEngine
 };
 
 TEST_P(CopyTest, EveryByteAndNoOther) {
-  HostCache target(geometry_, kBlocks + 1);
+  TestCache target(geometry_, kBlocks + 1, device_);
   target.fill(kBlocks, 77);
   const CopyStats before = pe_->stats().copies;
   EXPECT_EQ(before.engine, GetParam());
@@ -55,7 +55,7 @@ TEST_P(CopyTest, EveryByteAndNoOther) {
 }
 
 TEST_P(CopyTest, SomeLayersOnly) {
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks, device_);
   for (std::uint32_t i = 0; i < kBlocks; ++i) target.fill(i, 500 + i);
   CopyRequest some = request(target);
   some.layers = {1, 2};
@@ -81,7 +81,7 @@ TEST_P(CopyTest, LoadsAreExact) {
 }
 
 TEST_P(CopyTest, BadRequestsCopyNothing) {
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks, device_);
   for (std::uint32_t i = 0; i < kBlocks; ++i) target.fill(i, 500 + i);
   const auto refused = [&](const std::function<void(CopyRequest&)>& change) {
     CopyRequest bad = request(target);
@@ -97,7 +97,7 @@ TEST_P(CopyTest, BadRequestsCopyNothing) {
 }
 
 TEST_P(CopyTest, DroppedIsOverWhenDropReturns) {
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks, device_);
   {
     const Operation dropped = pe_->copy(request(target));
   }
@@ -109,7 +109,7 @@ TEST_P(CopyTest, DroppedIsOverWhenDropReturns) {
 }
 
 TEST_P(CopyTest, ClosingTheNodeEndsIt) {
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks, device_);
   std::vector<Operation> copies;
   for (int i = 0; i < 8; ++i) copies.push_back(pe_->copy(request(target)));
   pe_->close();
@@ -131,7 +131,7 @@ TEST_P(CopyTest, AFailedNicIsTakenOverByTheCpu) {
       if (kind == 2) return ENOMEM;
       return real(pair, wr, bad);
     };
-    HostCache target(geometry_, kBlocks);
+    TestCache target(geometry_, kBlocks, device_);
     const std::uint64_t before = pe_->stats().copies.bytes_by_cpu;
     ASSERT_TRUE(copy_all(target).ok()) << fault;
     verbs()->post_send = real;

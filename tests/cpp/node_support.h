@@ -24,7 +24,9 @@ class NodeTestBase {
  protected:
   static constexpr std::uint32_t kBlocks = 24;
 
-  NodeTestBase(std::string scheme, const KvGeometry& geometry) : scheme_(std::move(scheme)), geometry_(geometry) {
+  // `device`: of the caches.
+  NodeTestBase(std::string scheme, const KvGeometry& geometry, int device = kHostMemory)
+      : scheme_(std::move(scheme)), geometry_(geometry), device_(device) {
     for (std::uint32_t i = 0; i < kBlocks; ++i) source_.fill(i, i + 1);
   }
 
@@ -36,6 +38,7 @@ class NodeTestBase {
     options.staging.bytes = geometry_.file_bytes() * 64;
     options.loopback = hub_;
     options.stall_s = 0.3;
+    options.gpu = gpu_;
     if (scheme_ == "tcp") options.listen = {"tcp://127.0.0.1:0"};
     if (scheme_ == "shm") options.listen = {"shm://" + root_.path() + "/" + name + ".sock"};
     if (scheme_ == "rdma") {
@@ -70,7 +73,7 @@ class NodeTestBase {
 
   // Loads, "computes" two new blocks, publishes every layer, and checks every byte on both sides.
   void run_whole(PathPolicy& policy, std::uint32_t window = 0, std::uint32_t layers_per_read = 0) {
-    HostCache cache(geometry_, 64), decode_cache(geometry_, 64);
+    TestCache cache(geometry_, 64, device_), decode_cache(geometry_, 64, device_);
     const std::uint32_t prompt = kBlocks + 2;
     for (std::uint32_t i = kBlocks; i < prompt; ++i) cache.fill(63 - i, i + 1);
     std::vector<std::uint32_t> ids, decode_ids;
@@ -132,8 +135,10 @@ class NodeTestBase {
   const std::string scheme_;
   TempDir root_;
   const KvGeometry geometry_;
+  const int device_;
+  GpuOptions gpu_;
   std::shared_ptr<LoopbackHub> hub_ = make_loopback_hub();
-  HostCache source_{geometry_, kBlocks};
+  TestCache source_{geometry_, kBlocks, device_};
   const std::vector<Key> keys_ = test_keys(geometry_, kBlocks);
   std::unique_ptr<Node> pe_, de_;
 };

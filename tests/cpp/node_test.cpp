@@ -1,15 +1,36 @@
 // Loads over every transport: both paths, split, hand-over, back-pressure, failures.
-#include "node_support.h"
+#include <optional>
+
+#include "rdma_support.h"
 
 namespace dualkv::testing {
 namespace {
 
-class NodeTest : public NodeTestBase, public ::testing::TestWithParam<const char*> {
+struct Where {
+  const char* transport;
+  int device;           // of the caches
+  bool direct = false;  // storage reads come to its memory, and so do peers' writes where the transport can
+  std::string name() const { return std::string(direct ? "direct_" : device == kHostMemory ? "" : "gpu_") + transport; }
+};
+
+// What a GPU's kernel can sum up, or what is aligned to nothing.
+KvGeometry geometry_for(const Where& where) {
+  return where.direct ? KvGeometry({6400, 6912, 7424, 7936}, 16, "test/model") : small_geometry();
+}
+
+class NodeTest : public NodeTestBase, public ::testing::TestWithParam<Where> {
  protected:
-  NodeTest() : NodeTestBase(GetParam(), small_geometry()) {}
+  NodeTest() : NodeTestBase(GetParam().transport, geometry_for(GetParam()), GetParam().device) {}
   void SetUp() override {
     if (scheme_ == "rdma" && rdma_devices().empty()) GTEST_SKIP() << "no RDMA device; make rdma has some";
+    if (!GetParam().direct) return;
+    if (find_cufile() == nullptr) GTEST_SKIP() << "a real driver, which the stand-in can't serve";
+    gpu_.gds_bytes = 64 << 16;
+    if (scheme_ != "rdma") return;
+    nics_.emplace(NicsReachTheStandIn::By::kDmaBuf);
+    gpu_.rdma_bytes = 1 << 20;
   }
+  std::optional<NicsReachTheStandIn> nics_;
 };
 
 TEST_P(NodeTest, PrefillPath) {
@@ -52,7 +73,7 @@ TEST_P(NodeTest, PromptLargerThanDecodeStagingIsRefusedAtOnce) {
   de.staging.bytes = geometry_.file_bytes() * 8;
   start(options("pe"), de);
   Split policy;
-  HostCache cache(geometry_, 64);
+  TestCache cache(geometry_, 64, device_);
   ASSERT_TRUE(eventually([&] { return pe_->peer("de").view().prompt_slots == 6; }));
   EXPECT_EQ(code_of([&] { pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 5}); }), Code::kNoSpace);
   expect_all_free();
@@ -63,11 +84,11 @@ TEST_P(NodeTest, ManyLoadsAtOnceShareThePools) {
   de.staging.bytes = geometry_.file_bytes() * 40;  // holds one prompt at a time: the others wait
   start(options("pe"), de);
   Split policy;
-  std::vector<std::unique_ptr<HostCache>> caches;
+  std::vector<std::unique_ptr<TestCache>> caches;
   std::vector<Load> loads;
   std::vector<Incoming> incomings;
   for (int i = 0; i < 8; ++i) {
-    caches.push_back(std::make_unique<HostCache>(geometry_, kBlocks));
+    caches.push_back(std::make_unique<TestCache>(geometry_, kBlocks, device_));
     loads.push_back(pe_->load({plan(policy), caches.back()->paged(), iota_ids(kBlocks), 20}));
     incomings.push_back(de_->incoming(loads.back().id(), 20));
   }
@@ -100,7 +121,7 @@ TEST_P(NodeTest, HelperReadsForOthers) {
   request.prefill = pe_->view();
   request.helpers = {pe_->peer("helper").view()};
   Split policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   Load load = pe_->load({policy.plan(request), cache.paged(), iota_ids(kBlocks), 10});
   ASSERT_TRUE(load.finish(in(10)).ok());
   for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(cache.holds(i, i + 1));
@@ -112,7 +133,7 @@ TEST_P(NodeTest, CorruptBlockFailsTheLoadByNameAndIsForgotten) {
   start();
   corrupt(5, 100);
   Split policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
   const Status status = load.finish(in(10));
   EXPECT_EQ(status.code, Code::kCorrupt) << status.message;
@@ -142,7 +163,7 @@ TEST_P(NodeTest, StorageThatNeverAnswersIsTakenOver) {
   de.store.faults.drop_rate = 1;
   start(options("pe"), de);
   DecodeOnly policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
   for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
     ASSERT_TRUE(load.wait(layer, in(10)).ok()) << load.milestones()->status().message;
@@ -161,7 +182,7 @@ TEST_P(NodeTest, StorageThatNeverAnswersAnywhereEndsAtTheDeadline) {
   request.keys = keys_;
   request.prefill = pe_->view();
   PrefillOnly policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   const auto began = Clock::now();
   Load load = pe_->load({policy.plan(request), cache.paged(), iota_ids(kBlocks), 0.2});
   EXPECT_EQ(load.finish(in(10)).code, Code::kTimeout);
@@ -173,7 +194,7 @@ TEST_P(NodeTest, DecodeNodeDiesWhileItReads) {
   de.store.read_limit_bytes_per_s = geometry_.block_bytes() * 20;
   start(options("pe"), de);
   DecodeOnly policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
   std::this_thread::sleep_for(std::chrono::milliseconds(200));
   de_->close();
@@ -191,7 +212,7 @@ TEST_P(NodeTest, DecodeNodeDiesWhileItReads) {
 TEST_P(NodeTest, PrefillNodeDiesBeforeTheHandOver) {
   start();
   DecodeOnly policy;
-  HostCache cache(geometry_, 64);
+  TestCache cache(geometry_, 64, device_);
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks + 1), 10});
   Incoming incoming = de_->incoming(load.id(), 10);
   ASSERT_TRUE(load.wait(0, in(10)).ok());
@@ -207,7 +228,7 @@ TEST_P(NodeTest, CancelFreesEverythingAndTouchesNothingAfterwards) {
   de.store.read_limit_bytes_per_s = geometry_.block_bytes() * 50;
   start(options("pe"), de);
   Split policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   for (int round = 0; round < 5; ++round) {
     Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
     Incoming incoming = de_->incoming(load.id(), 10);
@@ -226,7 +247,7 @@ TEST_P(NodeTest, CancelFreesEverythingAndTouchesNothingAfterwards) {
 TEST_P(NodeTest, UnclaimedHandOverEndsByItsDeadline) {
   start();
   DecodeOnly policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 0.5});
   for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
     ASSERT_TRUE(load.wait(layer, in(10)).ok());
@@ -238,7 +259,7 @@ TEST_P(NodeTest, UnclaimedHandOverEndsByItsDeadline) {
 
 TEST_P(NodeTest, BadRequestsChangeNothing) {
   start();
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   Split policy;
   const auto refused = [&](LoadRequest request) { return code_of([&] { pe_->load(std::move(request)); }); };
   LoadRequest good{plan(policy), cache.paged(), iota_ids(kBlocks), 5};
@@ -274,7 +295,7 @@ TEST_P(NodeTest, BadRequestsChangeNothing) {
 // Chunked prefill: the engine allocates the prompt's last blocks only when it comes to them.
 TEST_P(NodeTest, BlocksMayGetTheirPlaceLater) {
   start();
-  HostCache cache(geometry_, 64), decode_cache(geometry_, 64);
+  TestCache cache(geometry_, 64, device_), decode_cache(geometry_, 64, device_);
   const std::uint32_t prompt = kBlocks + 2;
   for (std::uint32_t i = kBlocks; i < prompt; ++i) cache.fill(i + 10, i + 1);
   Split policy;
@@ -309,7 +330,7 @@ TEST_P(NodeTest, BlocksMayGetTheirPlaceLater) {
 
 TEST_P(NodeTest, GrantAndSendLayers) {
   start();
-  HostCache target(geometry_, 32);
+  TestCache target(geometry_, 32, device_);
   Grant grant = de_->grant("pe", target.paged(), {9, 8, 7, 6}, 10);
   SendRequest send;
   send.grant = grant.id();
@@ -326,7 +347,7 @@ TEST_P(NodeTest, GrantAndSendLayers) {
 
 TEST_P(NodeTest, WritesOutsideAGrantAreRefusedAndLandNowhere) {
   start();
-  HostCache target(geometry_, 4);
+  TestCache target(geometry_, 4, device_);
   for (std::uint32_t i = 0; i < 4; ++i) target.fill(i, 50 + i);
   Grant grant = de_->grant("pe", target.paged(), {0, 1}, 10);
   SendRequest send;
@@ -377,15 +398,19 @@ TEST_P(NodeTest, CloseWithLoadsInProgress) {
   slow.store.read_limit_bytes_per_s = geometry_.block_bytes() * 4;
   start(slow, options("de"));
   Split policy;
-  HostCache cache(geometry_, kBlocks);
+  TestCache cache(geometry_, kBlocks, device_);
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
   pe_->close();
   EXPECT_EQ(load.finish(in(1)).code, Code::kCancelled);
   EXPECT_EQ(code_of([&] { pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10}); }), Code::kPeerLost);
 }
 
-INSTANTIATE_TEST_SUITE_P(Transports, NodeTest, ::testing::Values("loopback", "tcp", "shm", "rdma"),
-                         [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Transports, NodeTest,
+                         ::testing::Values(Where{"loopback", kHostMemory}, Where{"tcp", kHostMemory},
+                                           Where{"shm", kHostMemory}, Where{"rdma", kHostMemory}, Where{"loopback", 0},
+                                           Where{"tcp", 0}, Where{"shm", 0}, Where{"tcp", 0, true},
+                                           Where{"shm", 0, true}, Where{"rdma", 0, true}),
+                         [](const auto& info) { return info.param.name(); });
 
 }  // namespace
 }  // namespace dualkv::testing

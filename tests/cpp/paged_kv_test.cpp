@@ -75,7 +75,7 @@ TEST_F(PagedKvTest, ExtentsFollowBaseStrideAndOrder) {
 }
 
 TEST_F(PagedKvTest, ScatterUndoesGather) {
-  HostCache cache(geometry_, 3);
+  TestCache cache(geometry_, 3);
   for (std::uint32_t block = 0; block < 3; ++block) cache.fill(block, block + 1);
   Extent extents[PagedKv::kMaxPlanes];
   std::vector<std::byte> flat(100);

@@ -2,59 +2,13 @@
 #include <sys/mman.h>
 
 #include <atomic>
-#include <functional>
 #include <mutex>
 #include <set>
 
-#include "node_support.h"
-#include "shim/verbs.h"
+#include "rdma_support.h"
 
 namespace dualkv::testing {
 namespace {
-
-// Puts a function before or in the place of a call to the driver, for as long as it lives. The call is made on progress
-// threads: what the function uses must be ready for that.
-class PostHook {
- public:
-  using Hook = std::function<int(ibv_qp*, ibv_send_wr*)>;  // the call's result; 0 goes on to the driver
-  static constexpr int kSwallow = -1;                      // the call succeeds, and does nothing
-  explicit PostHook(Hook hook) {
-    const std::lock_guard lock(mutex());
-    if (real() == nullptr) real() = verbs()->post_send;
-    current() = std::make_shared<Hook>(std::move(hook));
-    verbs()->post_send = [](ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad) {
-      std::shared_ptr<Hook> hook;
-      {
-        const std::lock_guard lock(mutex());
-        hook = current();
-      }
-      if (hook) {
-        if (const int result = (*hook)(qp, wr); result != 0) return result == kSwallow ? 0 : result;
-      }
-      return real()(qp, wr, bad);
-    };
-  }
-  ~PostHook() {
-    const std::lock_guard lock(mutex());
-    current().reset();
-  }
-
- private:
-  static std::mutex& mutex() {
-    static std::mutex mutex;
-    return mutex;
-  }
-  static std::shared_ptr<Hook>& current() {
-    static std::shared_ptr<Hook> hook;
-    return hook;
-  }
-  static decltype(Verbs::post_send)& real() {
-    static decltype(Verbs::post_send) call = nullptr;
-    return call;
-  }
-};
-
-bool carries_data(const ibv_send_wr* wr) { return wr->num_sge > 0; }
 
 class RdmaTest : public NodeTestBase, public ::testing::Test {
  protected:
@@ -81,7 +35,7 @@ class RdmaTest : public NodeTestBase, public ::testing::Test {
   void start_all() { start_all(options("pe"), options("de")); }
 
   // Blocks 0..kBlocks-1 of all layers, from the source cache into a new one over there. Every byte is checked.
-  Status send_all(HostCache& target, Lane lane = Lane::kLow, double deadline_s = 10) {
+  Status send_all(TestCache& target, Lane lane = Lane::kLow, double deadline_s = 10) {
     const auto ids = iota_ids(kBlocks);
     const Grant grant = de_->grant("pe", target.paged(), ids, deadline_s);
     SendRequest request;
@@ -100,7 +54,7 @@ class RdmaTest : public NodeTestBase, public ::testing::Test {
   void expect_recovery() {
     EXPECT_TRUE(all_up()) << stats(*pe_).last_failure << " " << stats(*de_).last_failure;
     const RdmaStats before = stats(*pe_);
-    HostCache target(geometry_, kBlocks);
+    TestCache target(geometry_, kBlocks);
     EXPECT_TRUE(send_all(target).ok());
     const RdmaStats after = stats(*pe_);
     EXPECT_EQ(after.bytes_written[0] - before.bytes_written[0], kBlocks * geometry_.block_bytes());
@@ -146,7 +100,7 @@ TEST_F(RdmaTest, LoadsGoByRdmaOnTheLowLaneOneDoorbellABatch) {
 
 TEST_F(RdmaTest, EachLaneHasItsQueuePairs) {
   start_all();
-  HostCache low(geometry_, kBlocks), high(geometry_, kBlocks);
+  TestCache low(geometry_, kBlocks), high(geometry_, kBlocks);
   ASSERT_TRUE(send_all(low, Lane::kLow).ok());
   ASSERT_TRUE(send_all(high, Lane::kHigh).ok());
   const RdmaStats pe = stats(*pe_);
@@ -162,9 +116,9 @@ TEST_F(RdmaTest, SmallQueuesDoNotOverrun) {
     each->write_frame_bytes = 3 * geometry_.layer_bytes(3);
   }
   start_all(pe, de);
-  std::vector<std::unique_ptr<HostCache>> targets;
+  std::vector<std::unique_ptr<TestCache>> targets;
   for (int i = 0; i < 4; ++i) {
-    targets.push_back(std::make_unique<HostCache>(geometry_, kBlocks));
+    targets.push_back(std::make_unique<TestCache>(geometry_, kBlocks));
     ASSERT_TRUE(send_all(*targets.back()).ok());
   }
   Split policy;
@@ -177,7 +131,7 @@ TEST_F(RdmaTest, SmallQueuesDoNotOverrun) {
 
 TEST_F(RdmaTest, AWrongKeyWritesNowhereAndIsSurvived) {
   start_all();
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   {
     std::atomic<int> wrong{0};
     const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) {
@@ -199,7 +153,7 @@ TEST_F(RdmaTest, AWrongKeyWritesNowhereAndIsSurvived) {
 TEST_F(RdmaTest, AQueuePairForcedIntoErrorIsBuiltAnew) {
   start_all();
   for (int round = 0; round < 3; ++round) {
-    HostCache target(geometry_, kBlocks);
+    TestCache target(geometry_, kBlocks);
     std::atomic<bool> forced{false};
     const PostHook hook([&](ibv_qp* pair, ibv_send_wr* wr) {
       if (!carries_data(wr) || forced.exchange(true)) return 0;
@@ -219,7 +173,7 @@ TEST_F(RdmaTest, AQueuePairThatGoesSilentIsLeft) {
   auto pe = options("pe");
   pe.rdma.stall_s = 0.2;
   start_all(pe, options("de"));
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   std::atomic<int> swallowed{0};
   {
     // Taken by the driver, it says, and never heard of again.
@@ -238,7 +192,7 @@ TEST_F(RdmaTest, AQueuePairThatGoesSilentIsLeft) {
 
 TEST_F(RdmaTest, AFailedPostGoesInline) {
   start_all();
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   {
     const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) { return carries_data(wr) ? ENOMEM : 0; });
     ASSERT_TRUE(send_all(target).ok());
@@ -250,7 +204,7 @@ TEST_F(RdmaTest, AFailedPostGoesInline) {
 
 TEST_F(RdmaTest, NothingLandsAfterAGrantWasRevoked) {
   start_all();
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   for (std::uint32_t i = 0; i < kBlocks; ++i) target.fill(i, 1000 + i);
   const auto ids = iota_ids(kBlocks);
   std::mutex mutex;
@@ -284,7 +238,7 @@ TEST_F(RdmaTest, NothingIsReadAfterASendWasDropped) {
   auto pe = options("pe");
   pe.write_frame_bytes = geometry_.layer_bytes(3);
   start_all(pe, options("de"));
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   const auto ids = iota_ids(kBlocks);
   const Grant grant = de_->grant("pe", target.paged(), ids, 10);
   SendRequest request;
@@ -312,7 +266,7 @@ TEST_F(RdmaTest, NothingIsReadAfterASendWasDropped) {
 
 TEST_F(RdmaTest, AnAnnouncementOfNothingEndsTheLink) {
   start_all();
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   const auto ids = iota_ids(kBlocks);
   const Grant grant = de_->grant("pe", target.paged(), ids, 10);
   SendRequest request;
@@ -344,7 +298,7 @@ TEST_F(RdmaTest, LoadsThatEndWellLeaveTheQueuePairsAlone) {
   Split policy;
   constexpr int kLoads = 20;
   for (int i = 0; i < kLoads; ++i) {
-    HostCache cache(geometry_, kBlocks);
+    TestCache cache(geometry_, kBlocks);
     Load load = pe_->load({policy.plan(request), cache.paged(), iota_ids(kBlocks), 10});
     ASSERT_TRUE(load.finish(in(10)).ok());
     for (std::uint32_t block = 0; block < kBlocks; ++block) EXPECT_TRUE(cache.holds(block, block + 1));
@@ -382,7 +336,7 @@ TEST_F(RdmaTest, MemoryBeyondTheBudgetGoesInline) {
   auto pe = options("pe"), de = options("de");
   de.rdma.registered_bytes = 1;
   start_all(pe, de);
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   ASSERT_TRUE(send_all(target).ok());
   EXPECT_EQ(stats(*pe_).bytes_written[0], 0u);
   EXPECT_GT(stats(*pe_).inline_batches, 0u);
@@ -427,7 +381,7 @@ TEST_F(RdmaTest, ANetworkThatGoesAwayIsLeftForTcpAndTakenUpAgain) {
   pe.rdma.timeout = de.rdma.timeout = 10;  // 4 ms
   start_all(pe, de);
   ASSERT_EQ(std::system(("ip link set " + wire + " down").c_str()), 0);
-  HostCache target(geometry_, kBlocks);
+  TestCache target(geometry_, kBlocks);
   EXPECT_TRUE(send_all(target).ok());
   EXPECT_GT(stats(*pe_).inline_batches, 0u);
   ASSERT_EQ(std::system(("ip link set " + wire + " up && wires").c_str()), 0);

@@ -19,6 +19,7 @@ class StoreFaults : public StoreTest, public ::testing::WithParamInterface<const
   }
   StoreOptions faulty(const ReadFaults& faults) const {
     StoreOptions options = plain();
+    find_usrbio();
     options.backend = GetParam();
     options.faults = faults;
     return options;
@@ -178,7 +179,7 @@ TEST_P(StoreFaults, TheStoreMayGoAwayAtAnyInstant) {
   expect_nothing_changed();
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, StoreFaults, ::testing::Values("pread", "uring"),
+INSTANTIATE_TEST_SUITE_P(Backends, StoreFaults, ::testing::Values("pread", "uring", "usrbio"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace

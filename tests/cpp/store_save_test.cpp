@@ -83,7 +83,7 @@ TEST_F(StoreTest, BadSavesChangeNothing) {
   EXPECT_EQ(refused(2, {0}), Code::kInvalidArgument);
   EXPECT_EQ(refused(2, {0, kBlocks}), Code::kInvalidArgument);
   const KvGeometry other = small_geometry(3);
-  HostCache smaller(other, 2);
+  TestCache smaller(other, 2);
   EXPECT_EQ(code_of([&] { store.save(std::span(keys_).first(1), *smaller.paged(), iota_ids(1), {}, in(5)); }),
             Code::kInvalidArgument);
   EXPECT_TRUE(files().empty());
@@ -239,7 +239,7 @@ TEST_F(StoreTest, BlocksOfManyLayersComeBack) {
     const KvGeometry geometry(std::vector<std::uint64_t>(layers, 64), 16, "layers " + std::to_string(layers));
     StagingPool pool(geometry, staging(geometry, 2));
     Store store(geometry, plain(), pool);
-    HostCache cache(geometry, 1);
+    TestCache cache(geometry, 1);
     cache.fill(0, 5);
     ASSERT_TRUE(store.save({keys_.data(), 1}, *cache.paged(), iota_ids(1), {}, in(20)).wait(in(20)).ok());
     const std::vector<Slot> into = {pool.try_acquire(SlotUse::kTransit)};

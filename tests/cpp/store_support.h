@@ -134,7 +134,7 @@ class StoreTestBase {
   TempDir root_;
   const KvGeometry geometry_ = small_geometry();
   StagingPool pool_{geometry_, staging(geometry_, kSlots)};
-  HostCache source_{geometry_, kBlocks};
+  TestCache source_{geometry_, kBlocks};
   const std::vector<Key> keys_ = test_keys(geometry_, kBlocks);
 };
 

@@ -19,6 +19,7 @@ class StoreConformance : public StoreTestBase, public ::testing::TestWithParam<W
   void SetUp() override {
     Store writer = open(plain());
     save_all(writer);
+    find_usrbio();
     StoreOptions options = plain();
     options.backend = GetParam().backend;
     options.direct = GetParam().direct;
@@ -251,7 +252,8 @@ constexpr std::uint64_t kLimit = std::uint64_t{400} << 20;
 INSTANTIATE_TEST_SUITE_P(Ways, StoreConformance,
                          ::testing::Values(Way{"pread", "off", 0}, Way{"pread", "on", 0}, Way{"pread", "off", kLimit},
                                            Way{"pread", "on", kLimit}, Way{"uring", "off", 0}, Way{"uring", "on", 0},
-                                           Way{"uring", "off", kLimit}, Way{"uring", "on", kLimit}),
+                                           Way{"uring", "off", kLimit}, Way{"uring", "on", kLimit},
+                                           Way{"usrbio", "off", 0}, Way{"usrbio", "off", kLimit}),
                          [](const auto& info) {
                            return std::string(info.param.backend) + "_direct_" + info.param.direct +
                                   (info.param.limit > 0 ? "_limited" : "");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import ctypes.util
 import gc
 import select
 import subprocess
@@ -735,6 +736,19 @@ def test_values_of_options_out_of_range(root: Path, small: dualkv.KvGeometry, op
     before = open_fds()
     values: dict[str, Any] = {"store": f"file://{root}", "staging": "1MiB"}
     refused(lambda: dualkv.Node("n", small, **values | options))
+    gc.collect()
+    assert open_fds() <= before
+
+
+def test_3fs_without_its_library_is_refused_with_the_cure(root: Path, small: dualkv.KvGeometry) -> None:
+    if ctypes.util.find_library("hf3fs_api_shared"):
+        pytest.skip("this machine has 3FS's library")
+    before = open_fds()
+    why = "libhf3fs_api_shared.so.*install 3FS's client"
+    with pytest.raises(dualkv.Error, match=why) as refusal:
+        dualkv.Store(f"file://{root}", small, staging="1MiB", backend="usrbio")
+    assert refusal.value.code == "unsupported"
+    del refusal
     gc.collect()
     assert open_fds() <= before
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu_support import HAS_DRIVER, driver_environment
 from marks import needs_rdma
 from support import LONG_S, RDMA_DEVICES, error_of, eventually
 
@@ -218,6 +219,30 @@ def test_a_copy_engine_that_is_not_there_is_named() -> None:
     result = run_quick("copy", "--engine", "cpu,nic", "--counts", "1")
     assert [row["engine"] for row in result["rows"]] == ["cpu"]
     assert "unsupported: rdma" in result["labels"]["no nic, nic 1 x 64 KiB"]
+
+
+def test_copy_to_a_gpu_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in driver_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    result = run_quick("copy", "--engine", "gpu-kernel,gpu-batch,gpu-memcpy,gpu-verified", "--counts", "64")
+    assert result["failures"] == []
+    measured = {(row["engine"], row["direction"]) for row in result["rows"]}
+    assert measured == {
+        *((f"gpu-{engine}", way) for engine in ("kernel", "batch", "memcpy") for way in ("to GPU", "from GPU")),
+        ("gpu-verified", "to GPU"),
+    }
+    assert len(result["rows"]) == len(measured)
+    for row in result["rows"]:
+        assert row["post_ns_per_block"] > 0 < row["ratio"]
+        assert row["limit"] == "one copy of as many bytes, pinned memory"
+    assert "CUDA" in result["labels"]["gpu"]
+
+
+@pytest.mark.skipif(HAS_DRIVER, reason="this machine has a CUDA driver")
+def test_without_a_gpu_its_engines_are_named_once() -> None:
+    result = run_quick("copy", "--engine", "cpu,gpu-kernel,gpu-memcpy", "--counts", "1")
+    assert [row["engine"] for row in result["rows"]] == ["cpu"]
+    assert "no CUDA driver" in result["labels"]["no gpu-kernel, gpu-memcpy, copies to GPUs"]
 
 
 # --- peers

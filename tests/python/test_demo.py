@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import dualkv
 from dualkv.cli.main import cli
+from dualkv.demo.run import DemoOptions, arrivals
 from dualkv.engines.prefill import Pace
 
 TRACE = Path(
@@ -48,6 +49,20 @@ def test_modelled_engine_is_exact_in_every_mode(tmp_path: Path, transport: str) 
     assert by_mode["basic"]["de_path"] == 0
     assert by_mode["split"]["de_path"] > 0
     assert by_mode["split"]["pe_path"] > 0
+
+
+def test_agents_that_begin_at_random(tmp_path: Path) -> None:
+    starts = arrivals(DemoOptions(agents=400, rate=2.0, seed=3))
+    assert starts is not None
+    assert starts[0] == 0
+    assert starts == sorted(starts)
+    assert starts[-1] == pytest.approx(200, rel=0.15)
+    assert starts == arrivals(DemoOptions(agents=400, rate=2.0, seed=3)), "the same for every mode"
+    assert arrivals(DemoOptions()) is None
+    last = (arrivals(DemoOptions(agents=2, rate=0.5)) or [])[-1]
+    result = run(tmp_path, "--engine", "modelled", "--rate", "0.5", "--modes", "basic,split")
+    check(result, 2)
+    assert all(one["jct_s"] > last > 0.5 for one in result["runs"])
 
 
 @pytest.mark.root

@@ -87,7 +87,8 @@ def node_defaults() -> dict[str, Any]:
     marks = ("dscp", "so_priority", "service_level")
     for lane, values in zip(("low", "high"), found.pop("lanes"), strict=True):
         found |= {f"{lane}_{mark}": value for mark, value in zip(marks, values, strict=True)}
-    return found
+    gpu = cpp_defaults("gpu.h", "GpuOptions")
+    return found | {f"gpu_{name}": value for name, value in gpu.items()}
 
 
 # The headers name sizes by their unit; Python does not.
@@ -99,6 +100,9 @@ CPP_NAMES = {
     "chunk": "chunk_bytes",
     "lock_limit": "lock_limit_bytes",
     "registered": "registered_bytes",
+    "gpu_bounce": "gpu_bounce_bytes",
+    "gpu_gds": "gpu_gds_bytes",
+    "gpu_rdma": "gpu_rdma_bytes",
 }
 OPTION_SETS = {
     "Node": (dualkv.node._NODE_OPTIONS, node_defaults()),

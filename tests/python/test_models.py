@@ -284,3 +284,16 @@ def test_wrong_arguments_are_refused() -> None:
     cache = config.new_cache(NUM_BLOCKS, TOKENS_PER_BLOCK)
     with pytest.raises(ValueError, match="3 blocks, got 2"):
         models.build(config).prefill(random_tokens(config, 17), 0, torch.arange(2), cache)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+@pytest.mark.parametrize("in_a_row", [True, False])
+def test_all_of_a_pass_is_on_the_models_device(kind: Any, in_a_row: bool) -> None:
+    """Shown with a device that computes nothing, and whose tensors don't mix with those of the CPU."""
+    config = small(kind)
+    model = models.build(config, "meta")
+    cache = config.new_cache(NUM_BLOCKS, TOKENS_PER_BLOCK, "meta")
+    tokens = random_tokens(config, 2 * TOKENS_PER_BLOCK + 1)
+    table = torch.arange(NUM_BLOCKS) if in_a_row else scattered()
+    assert model.prefill(tokens, TOKENS_PER_BLOCK, table, cache).device.type == "meta"
+    assert model.all_logits(tokens).device.type == "meta"

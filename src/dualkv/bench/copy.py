@@ -1,4 +1,5 @@
-"""``dualkv bench copy``: Layer Blocks from one cache to another of a node, by each copy engine, against memcpy."""
+"""``dualkv bench copy``: Layer Blocks from one cache to another of a node, by each copy engine, against memcpy; and
+between pinned memory and a GPU, by each engine, against one copy of as many bytes."""
 
 import contextlib
 import tempfile
@@ -27,28 +28,36 @@ from dualkv.bench.receiver import SOURCE_SEED, TARGET_SEED, make_node
 from dualkv.bench.results import BenchResult, CaseValue
 from dualkv.errors import Error, invalid
 
-ENGINES = ("cpu", "nic")
+_GPU_ENGINES = {"gpu-kernel": "kernel", "gpu-batch": "batch", "gpu-memcpy": "memcpy"}
+_VERIFIED = "gpu-verified"  # as gpu_verify does: copies by the kernel, then checksums in the GPU's memory
+ENGINES = ("cpu", "nic", *_GPU_ENGINES, _VERIFIED)
 _DEADLINE_S = 60.0
+_ONE_COPY = "one copy of as many bytes, pinned memory"
 _MEMCPY = "memcpy of the same scattered blocks, one thread, huge pages"
 
 
 @dataclass(frozen=True)
 class CopyOptions:
-    """What to measure: every engine with every size and count. ``rdma_device``: of ``nic``; none: the nearest."""
+    """What to measure: every engine with every size and count, those of GPUs in both directions.
+
+    ``rdma_device``: of ``nic``; none: the nearest. ``gpu``: whose memory.
+    """
 
     engine: tuple[str, ...] = ENGINES
     block_bytes: tuple[int, ...] = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
     counts: tuple[int, ...] = (1, 64, 1000, 15_000)
     most: int = 1 << 30  # bytes of a case; larger ones are left out
     rdma_device: str = ""
+    gpu: int = 0
     repeats: int = 7
     warmup: int = 1
 
     def cases(self) -> list["CopyCase"]:
         """In the order they are measured."""
         return [
-            CopyCase(engine, size, count, self.rdma_device)
+            CopyCase(engine, size, count, self.rdma_device, direction, self.gpu)
             for engine in self.engine
+            for direction in _directions(engine)
             for size in self.block_bytes
             for count in self.counts
             if size * count <= self.most
@@ -74,9 +83,18 @@ class CopyCase:
     block_bytes: int
     count: int
     rdma_device: str = ""
+    direction: str = "within the host"
+    gpu: int = 0
 
     def __str__(self) -> str:
-        return f"{self.engine} {self.count} x {self.block_bytes >> 10} KiB"
+        where = f" {self.direction}" if self.engine not in ("cpu", "nic") else ""
+        return f"{self.engine}{where} {self.count} x {self.block_bytes >> 10} KiB"
+
+
+def _directions(engine: str) -> tuple[str, ...]:
+    if engine == _VERIFIED:
+        return ("to GPU",)
+    return ("to GPU", "from GPU") if engine in _GPU_ENGINES else ("within the host",)
 
 
 class Copier:
@@ -156,24 +174,69 @@ def _memcpy(case: CopyCase) -> Contender:
     return lambda: as_run(arena.run(case.block_bytes, sources, targets))
 
 
+def _measure_host(case: CopyCase, options: CopyOptions, stage: Stage, result: BenchResult) -> None:
+    with _copier(case) as ours:
+        step = stage(str(case), steps_of(2, warmup=options.warmup, repeats=options.repeats))
+        contenders = {OURS: ours.run, LIMIT: _memcpy(case)}
+        measured = interleave(contenders, warmup=options.warmup, repeats=options.repeats, step=step, optional={LIMIT})
+        result.add_fallbacks({k: int(v) for k, v in ours.node.stats()["fallbacks"].items()})
+    fields: dict[str, CaseValue] = {"engine": case.engine, "direction": case.direction}
+    fields |= {"block_bytes": case.block_bytes, "count": case.count}
+    result.rows += rows_of(fields, measured, limit=_MEMCPY, blocks=case.count)
+
+
+def _measure_gpu(case: CopyCase, options: CopyOptions, stage: Stage, result: BenchResult) -> None:
+    arena = limits.GpuArena(case.block_bytes, case.count, gpu=case.gpu, to_gpu=case.direction == "to GPU")
+    engine = _GPU_ENGINES.get(case.engine, "kernel")
+    if not arena.moves_the_right_bytes(engine):
+        raise Error(f"bench: {case}: copied wrong", "corrupt")
+
+    def ours() -> Run:
+        sample, submit_s = arena.run(engine, verify=case.engine == _VERIFIED)
+        return Run(sample.seconds, sample.bytes, sample.cpu_s, post_s=submit_s)
+
+    step = stage(str(case), steps_of(2, warmup=options.warmup, repeats=options.repeats))
+    contenders = {OURS: ours, LIMIT: lambda: as_run(arena.one_copy())}
+    measured = interleave(contenders, warmup=options.warmup, repeats=options.repeats, step=step)
+    fields: dict[str, CaseValue] = {"engine": case.engine, "direction": case.direction}
+    fields |= {"block_bytes": case.block_bytes, "count": case.count}
+    result.rows += rows_of(fields, measured, limit=_ONE_COPY, blocks=case.count)
+
+
+def _without_gpu(options: CopyOptions, result: BenchResult) -> set[str]:
+    """The engines that are left out because there is no such GPU."""
+    asked = set(options.engine) - {"cpu", "nic"}
+    if not asked:
+        return asked
+    try:
+        found = dualkv.gpus()
+        if options.gpu < len(found):
+            return set()
+        why = f"there is no GPU {options.gpu}, the driver shows {len(found)}"
+    except Error as error:
+        why = str(error)
+    result.add_dropped("copies to GPUs", {", ".join(sorted(asked)): why})
+    return asked
+
+
 def run_copy(options: CopyOptions, stage: Stage) -> BenchResult:
-    """All cases; an engine that this machine has not is named and left out. Raises Error."""
+    """All cases; an engine that this machine has not is named, once, and left out. Raises Error."""
     options.check()
     result = BenchResult("copy", machine.labels(transport="none", topology="1 node, 1 process"), [])
+    missing = _without_gpu(options, result)
     for case in options.cases():
+        if case.engine in missing:
+            continue
+        on_host = case.engine in ("cpu", "nic")
         try:
-            with _copier(case) as ours:
-                step = stage(str(case), steps_of(2, warmup=options.warmup, repeats=options.repeats))
-                contenders = {OURS: ours.run, LIMIT: _memcpy(case)}
-                measured = interleave(
-                    contenders, warmup=options.warmup, repeats=options.repeats, step=step, optional={LIMIT}
-                )
-                result.add_fallbacks({k: int(v) for k, v in ours.node.stats()["fallbacks"].items()})
+            (_measure_host if on_host else _measure_gpu)(case, options, stage, result)
         except Error as error:
             if error.code != "unsupported":
                 raise
+            missing.add(case.engine)
             result.add_dropped(str(case), {case.engine: str(error)})
             continue
-        fields: dict[str, CaseValue] = {"engine": case.engine, "block_bytes": case.block_bytes, "count": case.count}
-        result.rows += rows_of(fields, measured, limit=_MEMCPY, blocks=case.count)
+        if not on_host:
+            gpu = dualkv.gpus()[case.gpu]
+            result.labels["gpu"] = f"{gpu.name}, CUDA {gpu.cuda}"
     return result

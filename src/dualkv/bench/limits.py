@@ -140,6 +140,41 @@ class CopyArena:
         return _to_sample(self._core.run(_checked("block_bytes", block_bytes), sources, targets))
 
 
+class GpuArena:
+    """Pinned memory, as much of a GPU's, and ``count`` blocks that go from one to the other in scattered order.
+
+    Every run blocks until the last byte is there. One thread at a time.
+
+    Raises:
+        Error: ``unsupported`` without such a GPU; ``io`` where there is not so much memory.
+    """
+
+    def __init__(self, block_bytes: int, count: int, *, gpu: int = 0, to_gpu: bool = True) -> None:
+        self._core = _dualkv.limits.GpuArena(
+            gpu, to_gpu, _checked("block_bytes", block_bytes), _checked("count", count)
+        )
+
+    def run(self, engine: str, *, verify: bool = False) -> tuple[Sample, float]:
+        """All blocks by one engine (``gpu_copy``), and seconds until the calls for that had returned.
+
+        Args:
+            verify: also sum up the blocks in the GPU's memory, as ``gpu_verify`` does.
+
+        Raises:
+            Error: ``unsupported`` where the engine can't be had.
+        """
+        core = self._core.run_verified(engine) if verify else self._core.run(engine)
+        return _to_sample(core.sample), float(core.submit_s)
+
+    def one_copy(self) -> Sample:
+        """As many bytes by one call: what the link gives."""
+        return _to_sample(self._core.one_copy().sample)
+
+    def moves_the_right_bytes(self, engine: str) -> bool:
+        """Fills the source with noise, copies, and compares."""
+        return bool(self._core.moves_the_right_bytes(engine))
+
+
 def copy_memory(
     block_bytes: int, source_offsets: "ArrayLike", target_offsets: "ArrayLike", *, bytes: int, huge_pages: bool = True
 ) -> Sample:

@@ -221,11 +221,11 @@ def transfer(**options: Any) -> "Measurement":
 @measured(repeats=7, quick={"counts": (1, 64), "block_bytes": (64 << 10,), "repeats": 2})
 @click.option(
     "--engine",
-    default="cpu,nic",
-    callback=values.names("cpu", "nic"),
+    default="cpu,nic,gpu-kernel,gpu-batch,gpu-memcpy,gpu-verified",
+    callback=values.names("cpu", "nic", "gpu-kernel", "gpu-batch", "gpu-memcpy", "gpu-verified"),
     show_default=True,
     metavar="NAME[,...]",
-    help="The option copy of a node; one that this machine has not is named and left out.",
+    help="Options copy, gpu_copy and gpu_verify of a node; one that this machine has not is named and left out.",
 )
 @_sizes_option("4KiB,64KiB,1MiB,4MiB")
 @click.option("--counts", default="1,64,1000,15000", callback=values.numbers, show_default=True, metavar="N[,...]")
@@ -233,8 +233,9 @@ def transfer(**options: Any) -> "Measurement":
     "--most", default="1GiB", callback=values.size, show_default=True, metavar="SIZE", help="Larger cases are left out."
 )
 @click.option("--rdma-device", default="", metavar="NAME", help="Of nic; else the nearest.")
+@click.option("--gpu", type=int, default=0, show_default=True, help="Of the gpu- engines.")
 def copy(**options: Any) -> "Measurement":
-    """Copy blocks within a node, by its CPU or by its NIC, against memcpy."""
+    """Copy blocks within a node by its CPU or its NIC, against memcpy; to a GPU and back, against one pinned copy."""
     from dualkv.bench.copy import CopyOptions, run_copy
 
     return functools.partial(run_copy, CopyOptions(**options))

@@ -47,6 +47,13 @@ def _topologies(_: click.Context, __: click.Parameter, value: str) -> tuple[Topo
     help="Real model code, or a calibrated wait with all I/O real.",
 )
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where torch engines compute and keep their caches. cuda: on this machine's GPUs, in turn.",
+)
+@click.option(
     "--model", type=click.Choice(["gqa", "mla"]), default="gqa", show_default=True, help="Attention of the torch model."
 )
 @click.option(
@@ -58,6 +65,13 @@ def _topologies(_: click.Context, __: click.Parameter, value: str) -> tuple[Topo
 )
 @click.option("--agents", type=click.IntRange(1, 256), default=12, show_default=True)
 @click.option("--turns", type=click.IntRange(2, 1000), default=9, show_default=True, help="Per agent.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Agents that begin per second, at random, for TTFT under a load that does not wait; 0 = all at once.",
+)
 @click.option(
     "--trace",
     type=click.Path(exists=True, dir_okay=False),

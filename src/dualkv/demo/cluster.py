@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -134,10 +135,20 @@ class EngineProcess:
 
 
 class Cluster:
-    """Prefill and decode engines of one machine, as processes: with a testbed each on a node of its own."""
+    """Prefill and decode engines of one machine, as processes: with a testbed each on a node of its own.
 
-    def __init__(self, topology: Topology, config: dict[str, Any], bed: Testbed | None = None) -> None:
+    ``devices`` are those that torch engines compute on, in turn.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        config: dict[str, Any],
+        bed: Testbed | None = None,
+        devices: Sequence[str] = ("cpu",),
+    ) -> None:
         self.topology = topology
+        self._devices = devices
         self._config = config
         self.samples: list[tuple[str, float, int]] = []  # engine, time, bytes read
         self._bed = bed
@@ -159,7 +170,9 @@ class Cluster:
 
     async def __aenter__(self) -> "Cluster":
         try:
-            await asyncio.gather(*(engine.start(self._config) for engine in self.engines))
+            devices = itertools.cycle(self._devices)
+            configs = [{**self._config, "device": next(devices)} for _ in self.engines]
+            await asyncio.gather(*(engine.start(c) for engine, c in zip(self.engines, configs, strict=True)))
         except BaseException:
             await self.__aexit__()
             raise

@@ -1,4 +1,4 @@
-"""Closed-loop replay of agents on a cluster: each sends its next turn when the last one has been answered."""
+"""Replay of agents on a cluster: each sends its next turn when the last one has been answered."""
 
 import asyncio
 import itertools
@@ -52,11 +52,19 @@ class Replayer:
         self._sticky = sticky
         self._decode_turns = itertools.cycle(cluster.decode)
 
-    async def run(self, sessions: Sequence[traces.Session], on_turn: Callable[[], None]) -> Replay:
-        """All agents at once, each turn after turn."""
+    async def run(
+        self, sessions: Sequence[traces.Session], on_turn: Callable[[], None], starts: Sequence[float] | None = None
+    ) -> Replay:
+        """Agents, each turn after turn: all at once, or each ``starts[i]`` seconds from now."""
         replay = Replay(began=time.time())
         began = time.monotonic()
-        await asyncio.gather(*(self._agent(i, session, replay, on_turn) for i, session in enumerate(sessions)))
+
+        async def one(agent: int, session: traces.Session) -> None:
+            if starts is not None:
+                await asyncio.sleep(began + starts[agent] - time.monotonic())
+            await self._agent(agent, session, replay, on_turn)
+
+        await asyncio.gather(*(one(i, session) for i, session in enumerate(sessions)))
         replay.seconds = time.monotonic() - began
         return replay
 

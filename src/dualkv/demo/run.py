@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+import dualkv
 from dualkv import traces
 from dualkv.demo.cluster import Cluster, Topology
 from dualkv.demo.replay import Replay, Replayer
@@ -65,6 +66,8 @@ class DemoOptions:
     """What to run.
 
     Attributes:
+        device: "cpu", or "cuda": the engines compute on this machine's GPUs, in turn, and keep their caches there.
+        rate: agents that begin a second, at random (Poisson), the same moments in every mode; 0: all at once.
         testbed: each engine on a node of its own, with ``cnic_limit`` bytes/s a link, lanes, an all-to-all of HIGH
             beside, and storage held to ``snic_limit`` by the kernel instead of by the store.
     """
@@ -72,10 +75,12 @@ class DemoOptions:
     topologies: Sequence[Topology] = (Topology(1, 1),)
     modes: Sequence[str] = COMPARED
     engine: str = "torch"
+    device: str = "cpu"
     model: str = "gqa"
     transport: str = "tcp"
     agents: int = 12
     turns: int = 9
+    rate: float = 0.0
     dataset: str = "64K"
     trace: str | None = None
     scale: float = 32.0
@@ -93,6 +98,12 @@ class DemoOptions:
         """Raises Error for what makes no sense."""
         if self.testbed and self.transport != "tcp":
             raise invalid("demo: a testbed's nodes share no memory: --testbed needs --transport tcp")
+        if self.device == "cuda" and self.engine != "torch":
+            raise invalid("demo: modelled engines compute nothing: --device cuda needs --engine torch")
+
+    def gpus(self) -> list[dualkv.Gpu]:
+        """Those that engines use; none on the CPU. Raises Error where there is no driver."""
+        return dualkv.gpus() if self.device == "cuda" else []
 
 
 class Progress(Protocol):
@@ -117,6 +128,14 @@ def load_sessions(options: DemoOptions) -> list[traces.Session]:
     else:
         sessions = traces.generate(options.dataset, wanted, options.seed)
     return list(traces.scale(sessions, options.scale, block_size=options.tokens_per_block, turns=options.turns))
+
+
+def arrivals(options: DemoOptions) -> list[float] | None:
+    """When each agent begins, in seconds; None: all at once."""
+    if options.rate == 0:
+        return None
+    gaps = np.random.default_rng(options.seed).exponential(1 / options.rate, options.agents)
+    return [float(at) for at in np.cumsum(gaps) - gaps[0]]
 
 
 def stored_prefix(session: traces.Session, vocab: int, per_block: int) -> "np.ndarray[Any, Any]":
@@ -162,7 +181,8 @@ class _Demo:
         self.sessions, self.alone = sessions[:-1], sessions[-1:]
         # Each session has one turn in flight; two blocks more for what is partly filled.
         blocks = [_most_blocks(session, options.tokens_per_block) + 2 for session in sessions]
-        self.cluster = Cluster(topology, self._config(sum(blocks)), bed)
+        devices = [f"cuda:{gpu.ordinal}" for gpu in options.gpus()] or ["cpu"]
+        self.cluster = Cluster(topology, self._config(sum(blocks)), bed, devices)
         self.staging = options.staging if options.staging != "auto" else _staging_for(max(blocks), options)
         self.wrong_tokens: dict[int, list[int]] | None = None
 
@@ -231,7 +251,7 @@ class _Demo:
         self.cluster.samples.clear()
         if self.high:
             self.high.start()
-        replay = await replayer.run(self.sessions, step)
+        replay = await replayer.run(self.sessions, step, arrivals(self.options))
         high = await self._high_beside(high_alone)
         stats = [await engine.call("stats") for engine in self.cluster.engines]
         run = self._summary(name, replay, alone, before, stats)
@@ -359,7 +379,7 @@ async def _run(options: DemoOptions, progress: Progress, directory: pathlib.Path
             run.speedup = basic / run.jct_s if run.jct_s else 0.0
         runs += mine
     labels = {
-        "memory": "host",
+        "memory": ", ".join(sorted({gpu.name for gpu in options.gpus()})) or "host",
         "transport": options.transport,
         "snic": ("cgroup" if options.testbed else "bucket") if options.snic_limit else "none",
         "engine": options.engine,

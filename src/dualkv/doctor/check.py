@@ -96,6 +96,7 @@ def run_guarded(check: CheckFunction, context: Context, limit_s: float = LIMIT_S
     """Adds the outcomes of ``check`` to the context; one that raises or hangs has failed and harms no other."""
     name = check.__name__.removeprefix("check_").replace("_", " ")
     found: list[Check] = []
+    ended = threading.Event()
 
     def collect() -> None:
         try:
@@ -104,15 +105,16 @@ def run_guarded(check: CheckFunction, context: Context, limit_s: float = LIMIT_S
         except Exception as error:
             cure = "unexpected: please report it with the output of `dualkv doctor --json`"
             found.append(Check(name, "fail", f"{type(error).__name__}: {error}", cure))
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=collect, name=f"doctor-{name}", daemon=True)
-    thread.start()
     try:
-        thread.join(limit_s)
-    except BaseException:
-        thread.join(limit_s)  # it must neither write to what is about to be removed nor end with the interpreter
+        thread.start()
+        hangs = not ended.wait(limit_s)
+    except KeyboardInterrupt:  # perhaps within start(), where the thread may run and can't be joined yet
+        ended.wait(limit_s)  # it must neither write to what is about to be removed nor end with the interpreter
         raise
-    hangs = thread.is_alive()
     context.checks += list(found)
     if hangs:
         cure = "a file system, driver or device that does not answer; look at `dmesg`"

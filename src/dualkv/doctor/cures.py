@@ -56,6 +56,53 @@ FALLBACKS = {
         "a higher memlock limit; `dualkv doctor` on the RDMA port",
         "RDMA",
     ),
+    "staging_not_pinned": Fallback(
+        "the CUDA driver refused to pin the staging: copies to GPUs go through a buffer of the driver's",
+        f"{_MEMLOCK}; less staging",
+        "CUDA",
+    ),
+    "gpu_copy_engine": Fallback(
+        "copies to or from a GPU went by another engine than gpu_copy says: the host side is not pinned",
+        "staging that can be pinned; or gpu_copy='auto'",
+        "CUDA",
+    ),
+    "gpu_bounce_full": Fallback(
+        "a peer's write found no pinned memory before a GPU: another node read the block instead",
+        "a larger gpu_bounce",
+        "CUDA",
+    ),
+    "gpu_not_verified": Fallback(
+        "gpu_verify is on, and not all of a cache can be summed up on its GPU",
+        "a wheel that was built where nvcc is found, planes of whole 64 bytes; or gpu_verify=False",
+        "CUDA",
+    ),
+    "no_gds": Fallback(
+        "gpu_gds is on, and cuFile or the checksum kernel can't be had: reads come to the staging",
+        "GPUDirect Storage (libcufile, nvidia-fs), a wheel that was built where nvcc is found, Layer Blocks of whole "
+        "64 bytes; gpu_gds=0 turns it off",
+        "GPUDirect",
+    ),
+    "gds_compatibility": Fallback(
+        "cuFile has no nvidia-fs: it reads to the host's memory itself and copies",
+        "`modprobe nvidia-fs`, and `gdscheck -p` for what the file system allows; or gpu_gds=0",
+        "GPUDirect",
+    ),
+    "gds_read_failed": Fallback(
+        "a read by cuFile failed, or what it brought was wrong: it was read again, to the staging",
+        "cufile.log, `gdscheck -p`; or gpu_gds=0",
+        "GPUDirect",
+    ),
+    "no_gpu_rdma": Fallback(
+        "gpu_rdma is on, and NICs can't write to the GPU, or it can't verify them: peers' writes come to pinned memory",
+        "a NIC and a kernel with dma-buf (Linux 5.12, the open NVIDIA kernel modules) or `modprobe nvidia-peermem`; a "
+        "wheel that was built where nvcc is found, Layer Blocks of whole 64 bytes; gpu_rdma=0 turns it off",
+        "GPUDirect",
+    ),
+    "gpu_failed": Fallback(
+        "copies by a GPU failed, or did not end: loads into its memory fail",
+        "the kernel's log (Xid), `nvidia-smi`; then a new process",
+        "CUDA",
+    ),
     "rdma_inline": Fallback(
         "a frame of an rdma link went over TCP: no queue pair was up, or its memory was not registered (yet)",
         "`last_failure` of the link's rdma in Node.stats() says why",

@@ -1,29 +1,25 @@
-"""Checks of RDMA devices, and of GPUs, which this release finds but does not use."""
+"""Checks of RDMA devices and GPUs."""
 
 import ctypes
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dualkv.doctor.check import Check, Context, read_text
 
 _CHILD_S = 8.0  # a driver without its persistence daemon takes seconds
-_NO_GPU = "this release does not use GPU memory yet"
 # In a child: a driver that crashes or hangs takes only the child with it.
-_COUNT_GPUS = """
-import ctypes, json
-out = {}
+_LIST_GPUS = """
+import dataclasses, json, dualkv
 try:
-    cuda = ctypes.CDLL("libcuda.so.1")
-    count = ctypes.c_int(0)
-    out["init"] = cuda.cuInit(0)
-    out["count"] = cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value
-except OSError as error:
-    out["error"] = str(error)
-print(json.dumps(out))
+    print(json.dumps({"gpus": [dataclasses.asdict(gpu) for gpu in dualkv.gpus()]}))
+except dualkv.Error as error:
+    print(json.dumps({"error": str(error)}))
 """
 
 
@@ -55,38 +51,45 @@ def check_rdma(context: Context) -> Iterator[Check]:
     yield Check("RDMA", "ok", found)
 
 
-def _count_gpus() -> dict[str, object]:
-    command = [sys.executable, "-I", "-S", "-c", _COUNT_GPUS]
+def _list_gpus() -> dict[str, Any]:
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_S)
+        child = subprocess.run([sys.executable, "-c", _LIST_GPUS], capture_output=True, text=True, timeout=_CHILD_S)
     except subprocess.TimeoutExpired:
-        return {"error": f"cuInit did not return within {_CHILD_S:g} s"}
+        return {"error": f"the driver did not answer within {_CHILD_S:g} s"}
     except OSError as error:
         return {"error": f"no process could be started to ask it: {error}"}
     if child.returncode != 0:
-        return {"error": f"cuInit ended its process with {child.returncode}"}
+        return {"error": f"the driver ended its process with {child.returncode}"}
     return dict(json.loads(child.stdout))
 
 
 def check_cuda(context: Context) -> Iterator[Check]:
-    """The driver, its library, how many GPUs it shows, and the modules that GPUDirect needs."""
+    """The driver, the GPUs it shows and what copies to and from them, and the modules that GPUDirect needs."""
     version = read_text(context.proc / "driver/nvidia/version")
-    found = _count_gpus()
+    found = _list_gpus()
     if version is None and "error" in found:
-        yield Check("CUDA", "absent", f"no driver; {_NO_GPU}")
+        yield Check("CUDA", "absent", "no driver: caches in host memory only")
     else:
-        yield _cuda(version, found)
+        yield from _gpus(version, found)
     modules = re.findall(r"^(nvidia_peermem|nvidia_fs) ", read_text(context.proc / "modules") or "", re.MULTILINE)
     loaded = f"{' and '.join(sorted(modules))} loaded" if modules else "neither nvidia_peermem nor nvidia_fs is loaded"
-    yield Check("GPUDirect", "ok" if modules else "absent", f"{loaded}; {_NO_GPU}")
+    used = "nvidia_fs serves gpu_gds, nvidia_peermem gpu_rdma where there is no dma-buf; all else goes by pinned memory"
+    yield Check("GPUDirect", "ok" if modules else "absent", f"{loaded}; {used}")
 
 
-def _cuda(version: str | None, found: dict[str, object]) -> Check:
+def _gpus(version: str | None, found: dict[str, Any]) -> Iterator[Check]:
     number = re.search(r"\b\d+\.\d+(\.\d+)?\b", version or "")
     driver = f"driver {number[0]}" if number else "driver of unknown version"
-    cure = "a libcuda.so.1 of the driver's version, the devices in the container (`--gpus all`)"
-    if "error" in found:
-        return Check("CUDA", "warn", f"{driver}, but {found['error']}; {_NO_GPU}", cure)
-    if found["init"] != 0:
-        return Check("CUDA", "warn", f"{driver}, but cuInit returned {found['init']}; {_NO_GPU}", cure)
-    return Check("CUDA", "ok", f"{driver}, {found['count']} GPUs; {_NO_GPU}")
+    if "error" in found or not found["gpus"]:
+        cure = "a libcuda.so.1 of the driver's version, the devices in the container (`--gpus all`)"
+        yield Check("CUDA", "warn", f"{driver}, but {found.get('error', 'it shows no GPU')}", cure)
+        return
+    missing = {f"no {engine}: {why}" for gpu in found["gpus"] for engine, why in gpu["missing"].items()}
+    names = Counter(gpu["name"] for gpu in found["gpus"])
+    shown = ", ".join(f"{count} x {name}" for name, count in names.items())
+    detail = f"{driver}, CUDA {found['gpus'][0]['cuda']}: {shown}"
+    if missing:
+        cure = "a driver of CUDA 12.8 or later, and a wheel that was built where nvcc is found (docs/gpu.md)"
+        yield Check("CUDA", "warn", f"{detail}; {'; '.join(sorted(missing))}", cure)
+    else:
+        yield Check("CUDA", "ok", f"{detail}; copies by kernel, batch and memcpy")

@@ -10,12 +10,34 @@ import numpy as np
 import dualkv
 
 TokenArray: TypeAlias = "np.ndarray[Any, Any]"
+Mark: TypeAlias = Callable[[], float]
+"""When something happened, on ``time.monotonic()``'s clock; to be asked when it has."""
+
+
+def host_mark() -> Mark:
+    """Now."""
+    now_s = time.monotonic()
+    return lambda: now_s
+
+
+@dataclass
+class _GpuMark:
+    """The GPU's clock has another zero: what has passed since the event, by now, tells when it was."""
+
+    event: Any
+    now: Any
+    stream: Any
+
+    def seconds(self) -> float:
+        self.now.record(self.stream)
+        self.now.synchronize()
+        return time.monotonic() - float(self.event.elapsed_time(self.now)) / 1e3
 
 
 class TorchCompute:
-    """Runs a model of ``models.py`` on one CPU thread; its paged cache is host memory."""
+    """Runs a model of ``models.py`` on one CPU thread, or on a GPU (``device="cuda:0"``); its paged cache is there."""
 
-    def __init__(self, config: Any, tokens_per_block: int, block_count: int) -> None:
+    def __init__(self, config: Any, tokens_per_block: int, block_count: int, device: str = "cpu") -> None:
         import torch
 
         from dualkv.engines import models
@@ -24,16 +46,30 @@ class TorchCompute:
         self._torch = torch
         self._models = models
         self.block_count = block_count
-        self.model = models.build(config)
+        self._device = torch.device(device)
+        self.model = models.build(config, device)
         self.geometry = dualkv.KvGeometry(
             layers=config.layers,
             tokens_per_block=tokens_per_block,
             layer_bytes=config.layer_bytes(tokens_per_block),
             namespace=f"reference-{config}",
         )
-        self.cache = config.new_cache(block_count, tokens_per_block)
+        self.cache = config.new_cache(block_count, tokens_per_block, device)
         two_planes = config.kind == "gqa"
         self.kv = dualkv.PagedKv(self.geometry, [(t[0], t[1]) if two_planes else t for t in self.cache])
+
+    @property
+    def stream(self) -> Any:
+        """See ``Compute.stream``: torch's current one."""
+        return self._torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    def mark(self) -> Mark:
+        """See ``Compute.mark``: an event on the stream, so that nothing waits for the GPU until it is read."""
+        if self._device.type != "cuda":
+            return host_mark()
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record(self.stream)
+        return _GpuMark(event, self._torch.cuda.Event(enable_timing=True), self.stream).seconds
 
     def _tensor(self, values: Any) -> Any:
         return self._torch.as_tensor(np.asarray(values, dtype=np.int64))
@@ -70,7 +106,7 @@ class TorchCompute:
 
         One dense pass over the whole conversation gives the logits after every prefix.
         """
-        best = self.model.all_logits(self._tensor(tokens)).argmax(dim=-1).numpy()
+        best = self.model.all_logits(self._tensor(tokens)).argmax(dim=-1).cpu().numpy()
         return [int((best[begin - 1 : end - 1] != np.asarray(tokens[begin:end])).sum()) for begin, end in spans]
 
 
@@ -99,8 +135,13 @@ class ModelledCompute:
         words = layer_bytes // 8
         self.cache = np.zeros((layers, block_count, words), dtype=np.uint64)
         self.kv = dualkv.PagedKv(self.geometry, list(self.cache))
+        self.stream = None
         self._ramp = np.arange(words, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self._wrong = 0
+
+    def mark(self) -> Mark:
+        """See ``Compute.mark``."""
+        return host_mark()
 
     def _names(self, tokens: TokenArray) -> list[int]:
         """A number for each block's content: of its key, or of what a partly filled last block holds."""

@@ -1,6 +1,6 @@
 """Two small reference decoders with a paged KV cache, for showing how an engine moves KV.
 
-Weights are random but fixed by ``ModelConfig.seed``, and all arithmetic is fp32 on the CPU. A pass
+Weights are random but fixed by ``ModelConfig.seed``, and all arithmetic is fp32, on the CPU or on a GPU. A pass
 goes layer by layer with a hook on each side of attention: in ``before_layer`` an engine waits until
 that layer of a loaded prefix has arrived, in ``after_layer`` it publishes the layer just written.
 
@@ -70,40 +70,47 @@ class ModelConfig:
             return (2, num_blocks, tokens_per_block, self.kv_heads, self.head_dim)
         return (num_blocks, tokens_per_block, self.latent_dim + self.rope_dim)
 
-    def new_cache(self, num_blocks: int, tokens_per_block: int) -> list[Tensor]:
+    def new_cache(self, num_blocks: int, tokens_per_block: int, device: str = "cpu") -> list[Tensor]:
         """An empty paged cache: one fp32 tensor of ``layer_shape`` for each layer."""
         shape = self.layer_shape(num_blocks, tokens_per_block)
-        return [torch.zeros(shape, dtype=torch.float32) for _ in range(self.layers)]
+        return [torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(self.layers)]
 
 
 class Scratch(threading.local):
     """Buffers of a thread for large intermediates: fresh memory costs more than the copies do."""
 
     def __init__(self) -> None:
-        self.buffers: Weights = {}
+        self.buffers: dict[tuple[str, torch.device], Tensor] = {}
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def take(self, name: str, device: torch.device, *shape: int) -> Tensor:
         size = math.prod(shape)
-        if name not in self.buffers or len(self.buffers[name]) < size:
-            self.buffers[name] = torch.empty(size, dtype=torch.float32)
-        return self.buffers[name][:size].view(shape)
+        key = name, device
+        if key not in self.buffers or len(self.buffers[key]) < size:
+            self.buffers[key] = torch.empty(size, dtype=torch.float32, device=device)
+        return self.buffers[key][:size].view(shape)
 
 
 scratch = Scratch()
 
 
 class Pages:
-    """Where one sequence's tokens lie in a paged plane ``[num_blocks, tokens_per_block, ...]``."""
+    """Where one sequence's tokens lie in a paged plane ``[num_blocks, tokens_per_block, ...]`` of a device.
 
-    def __init__(self, block_table: Tensor, start: int, total: int, tokens_per_block: int) -> None:
+    ``block_table`` is on the CPU, so that no GPU is waited for.
+    """
+
+    def __init__(
+        self, block_table: Tensor, start: int, total: int, tokens_per_block: int, device: torch.device
+    ) -> None:
         used = -(-total // tokens_per_block)
         if len(block_table) < used:
             raise ValueError(f"{total} tokens need {used} blocks, got {len(block_table)}")
-        self.ids, self.total = block_table[:used], total
-        first = int(self.ids[0])
-        in_a_row = bool((self.ids == torch.arange(first, first + used)).all())
-        self.run = slice(first, first + used) if in_a_row else None
-        positions = torch.arange(start, total)
+        ids = block_table[:used]
+        listed = ids.tolist()
+        run = range(listed[0], listed[0] + used)
+        self.run = slice(run.start, run.stop) if listed == list(run) else None
+        self.ids, self.total = ids.to(device), total
+        positions = torch.arange(start, total, device=device)
         self.slots = self.ids[positions // tokens_per_block], positions % tokens_per_block
 
     def write(self, plane: Tensor, new: Tensor) -> None:
@@ -114,7 +121,7 @@ class Pages:
         """All entries ``[total, ...]``: a view where the blocks lie in a row, else one gather."""
         if self.run is not None:
             return plane[self.run].flatten(0, 1)[: self.total]
-        gathered = scratch.take(name, len(self.ids), *plane.shape[1:])
+        gathered = scratch.take(name, plane.device, len(self.ids), *plane.shape[1:])
         return torch.index_select(plane, 0, self.ids, out=gathered).flatten(0, 1)[: self.total]
 
 
@@ -124,7 +131,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def rotary_table(positions: Tensor, dim: int) -> Parts:
     """Cosines and sines ``[n, 1, dim / 2]`` of positions ``[n]``; the middle axis is for heads."""
-    frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
     angle = (positions.double()[:, None] * frequency)[:, None]
     return angle.cos().float(), angle.sin().float()
 
@@ -148,12 +155,12 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = min(QUERY_CHUNK, n - low)
         seen = len(k) - n + low + rows
         q_rows = q[:, :, low : low + rows].reshape(kv, group * rows, dim)
-        scores = scratch.take("scores", kv, group * rows, seen)
+        scores = scratch.take("scores", q.device, kv, group * rows, seen)
         torch.bmm(q_rows, k[:seen].permute(1, 2, 0), out=scores)
         if rows > 1:  # all rows see the past; only the last `rows` columns need the triangle
-            future = torch.full((rows, rows), float("-inf")).triu(1)
+            future = torch.full((rows, rows), float("-inf"), device=q.device).triu(1)
             scores.view(kv, group, rows, seen)[..., seen - rows :] += future
-        chosen = torch.softmax(scores, -1, out=scratch.take("chosen", *scores.shape))
+        chosen = torch.softmax(scores, -1, out=scratch.take("chosen", q.device, *scores.shape))
         out.append(torch.bmm(chosen, v[:seen].permute(1, 0, 2)).view(kv, group, rows, -1))
     return torch.cat(out, dim=2)
 
@@ -163,7 +170,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q, k ``[n, h, d]``, v ``[n, h, dv]`` -> ``[n, h * dv]``. Scores one chunk of queries at a time.
     """
-    out, position = [], torch.arange(len(q))
+    out, position = [], torch.arange(len(q), device=q.device)
     for low in range(0, len(q), 256):
         high = min(low + 256, len(q))  # no query of this chunk sees further
         scores = torch.einsum("qhd,khd->hqk", q[low:high] * q.shape[-1] ** -0.5, k[:high])
@@ -175,8 +182,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Decoder(ABC):
     """What both decoders share: embedding, residual stream, SwiGLU, head, and the layer loop."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
         self.config = c = config
+        self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(c.seed)
         self.embedding = self._random(c.vocab, c.hidden)
         self.head = self._random(c.vocab, c.hidden)
@@ -192,7 +200,8 @@ class Decoder(ABC):
 
     def _random(self, *shape: int) -> Tensor:
         """Uniform, variance 1 (not normal: that would differ in the last bits between CPUs)."""
-        return (torch.rand(shape, generator=self._generator) - 0.5) * math.sqrt(12)
+        on_cpu = (torch.rand(shape, generator=self._generator) - 0.5) * math.sqrt(12)
+        return on_cpu.to(self.device)
 
     def _matrix(self, *shape: int, gain: float = 1.0) -> Tensor:
         """``[..., out, in]`` that maps vectors of unit size to vectors of size `gain`."""
@@ -217,7 +226,7 @@ class Decoder(ABC):
     def _rotary(self, start: int, total: int) -> Parts:
         """The rotary table of positions start to total."""
         dim = self.config.head_dim if self.config.kind == "gqa" else self.config.rope_dim
-        return rotary_table(torch.arange(start, total), dim)
+        return rotary_table(torch.arange(start, total, device=self.device), dim)
 
     def _residual(self, w: Weights, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer after attention: output projection and SwiGLU, both added to x."""
@@ -237,14 +246,16 @@ class Decoder(ABC):
     ) -> Tensor:
         """Run new tokens ``[n]`` at positions start.. against the cache: last logits ``[vocab]``.
 
+        tokens and block_table are on the CPU, the cache and the logits on the model's device.
         block_table holds the block ids of the sequence, at least enough for start + n tokens. Layer
         i of the cache is neither read nor written before ``before_layer(i)`` has returned, and is
-        complete up to token start + n when ``after_layer(i)`` is called.
+        complete up to token start + n when ``after_layer(i)`` is called; on a GPU both are meant in
+        the order of its stream.
         """
         total = start + len(tokens)
-        pages = Pages(block_table, start, total, cache[0].shape[-3 + (self.config.kind == "mla")])
+        pages = Pages(block_table, start, total, cache[0].shape[-3 + (self.config.kind == "mla")], self.device)
         rotary = self._rotary(start, total)
-        x = self.embedding[tokens]
+        x = self.embedding[tokens.to(self.device)]
         for i, w in enumerate(self.layers):
             parts = self._project(w, rms_norm(x), rotary)
             if before_layer is not None:
@@ -263,7 +274,7 @@ class Decoder(ABC):
     def all_logits(self, tokens: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of a whole sequence ``[n]``, computed without any cache."""
         rotary = self._rotary(0, len(tokens))
-        x = self.embedding[tokens]
+        x = self.embedding[tokens.to(self.device)]
         for w in self.layers:
             x = self._residual(w, x, self._dense(w, self._project(w, rms_norm(x), rotary)))
         return F.linear(rms_norm(x), self.head)
@@ -344,9 +355,9 @@ class MlaDecoder(Decoder):
         return dense_attention(torch.cat((q_nope, q_rope), dim=-1), k, v)
 
 
-def build(config: ModelConfig) -> Decoder:
-    """The decoder of config; equal configs give equal weights in any process."""
-    return GqaDecoder(config) if config.kind == "gqa" else MlaDecoder(config)
+def build(config: ModelConfig, device: str = "cpu") -> Decoder:
+    """The decoder of config; equal configs give equal weights in any process, on any device."""
+    return GqaDecoder(config, device) if config.kind == "gqa" else MlaDecoder(config, device)
 
 
 def greedy(model: Decoder, logits: Tensor) -> int:

@@ -25,6 +25,15 @@ class Compute(Protocol):
     kv: dualkv.PagedKv
     block_count: int
 
+    @property
+    def stream(self) -> Any:
+        """Of a GPU, where ``prefill`` puts its work on the calling thread; None where it computes itself."""
+        ...
+
+    def mark(self) -> Callable[[], float]:
+        """When what was computed by now was done; asked for its ``time.monotonic()`` when prefill has returned."""
+        ...
+
     def prefill(
         self,
         tokens: "np.ndarray[Any, Any]",
@@ -167,15 +176,20 @@ class PrefillEngine:
         )
         done = Prefilled(0, load.id, hit, stored - hit, base, 0, {})
         began = time.monotonic()
+        starts, computes, ends = [], [], []
+        compute = self.compute
 
         def before_layer(layer: int) -> None:
-            done.layer_start_s.append(time.monotonic() - began)
-            load.wait(layer)
-            done.layer_compute_s.append(time.monotonic() - began)
+            starts.append(compute.mark())
+            if compute.stream is None:
+                load.wait(layer)
+            else:  # the GPU waits, and this thread goes on
+                load.wait_on_stream(layer, compute.stream)
+            computes.append(compute.mark())
 
         def after_layer(layer: int) -> None:
-            load.publish(layer)
-            done.layer_done_s.append(time.monotonic() - began)
+            load.publish(layer, compute.stream)
+            ends.append(compute.mark())
 
         start = (base + hit) * per_block
         self._tokens += len(tokens) - start
@@ -183,8 +197,11 @@ class PrefillEngine:
             await load.layer(0)
             async with self._gpu:
                 done.first_token = await asyncio.to_thread(
-                    self.compute.prefill, tokens, start, block_ids, before_layer, after_layer
+                    compute.prefill, tokens, start, block_ids, before_layer, after_layer
                 )
+            done.layer_start_s, done.layer_compute_s, done.layer_done_s = (
+                [mark() - began for mark in marks] for marks in (starts, computes, ends)
+            )
         finally:
             self._tokens -= len(tokens) - start
         done.result = await load.finished()

@@ -36,7 +36,8 @@ def make_compute(config: dict[str, Any]) -> Any:
         )
     from dualkv.engines.models import ModelConfig
 
-    return TorchCompute(ModelConfig(**config["model"]), config["tokens_per_block"], config["block_count"])
+    device = config.get("device", "cpu")
+    return TorchCompute(ModelConfig(**config["model"]), config["tokens_per_block"], config["block_count"], device)
 
 
 class Worker:

@@ -320,7 +320,7 @@ class DualKVCache(transformers.Cache):
         if hit == 0:
             return None
         planes = [
-            torch.empty(hit, 2, shape.heads, self._block_tokens, shape.head_dim, dtype=shape.dtype)
+            torch.empty(hit, 2, shape.heads, self._block_tokens, shape.head_dim, dtype=shape.dtype, device="cpu")
             for _ in range(shape.layers)
         ]
         plan = self._policy.plan(
@@ -397,7 +397,7 @@ class DualKVCache(transformers.Cache):
     def _blocks(self, layer: Any, first: int, count: int) -> torch.Tensor:
         """Blocks of a layer as the store has them: ``[count, 2, heads, tokens_per_block, head_dim]`` in host memory."""
         shape, block_tokens = self._shape, self._block_tokens
-        out = torch.empty(count, 2, shape.heads, block_tokens, shape.head_dim, dtype=shape.dtype)
+        out = torch.empty(count, 2, shape.heads, block_tokens, shape.head_dim, dtype=shape.dtype, device="cpu")
         for plane, states in enumerate((layer.keys, layer.values)):
             part = states[0, :, first * block_tokens : (first + count) * block_tokens].detach()
             out[:, plane] = part.unflatten(1, (count, block_tokens)).transpose(0, 1)

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dualkv
 from dualkv.integrations.vllm.options import Options, rank_address, rank_name
@@ -158,7 +159,7 @@ class WorkerSide:
         for name in orders.cancelled:
             self._cancel(name)
         for save in orders.saves:
-            self._saves.setdefault(save.request, []).append(self._saver.submit(self._save, save))
+            self._saves.setdefault(save.request, []).append(self._saver.submit(self._save, save, self._computed()))
         self._finishing.update(orders.finishing)
 
     def _start(self, order: LoadOrder) -> _Loading:
@@ -257,7 +258,7 @@ class WorkerSide:
                 loading.more_blocks = []
             for layer in sorted(loading.unpublished):
                 if load.ended(layer):
-                    load.publish(layer)
+                    load.publish(layer, self._stream())
                     loading.unpublished.discard(layer)
         except dualkv.Error as error:  # the load says so too, when it ends
             logger.warning("dualkv: %s is not handed over: %s", loading.order.request, error)
@@ -417,9 +418,23 @@ class WorkerSide:
 
     # --- saves
 
-    def _save(self, order: SaveOrder) -> tuple[dualkv.Operation, int]:
+    def _stream(self) -> Any:
+        """Of the GPU that has the cache, what vLLM computes on; None for a cache in host memory."""
+        if self._kv is None or self._kv.gpu is None:
+            return None
+        import torch
+
+        return torch.cuda.current_stream(self._kv.gpu)
+
+    def _computed(self) -> Callable[[], None]:
+        """Blocks, when called, until what was put on the stream by now is in the cache."""
+        stream = self._stream()
+        return (lambda: None) if stream is None else stream.record_event().synchronize
+
+    def _save(self, order: SaveOrder, computed: Callable[[], None]) -> tuple[dualkv.Operation, int]:
         """Returns when the blocks have been copied from the cache; how many, and the writing of their files."""
         assert self._kv is not None
+        computed()
         deadline_s = self._options.deadline_s
         saved = self._node.save(order.keys, self._kv, order.block_ids, parent=order.parent, deadline_s=deadline_s)
         return saved, len(order.keys)

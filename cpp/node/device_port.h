@@ -1,0 +1,139 @@
+// DevicePort: what a node needs for the caches in one GPU's memory. Landing, Departures: Layer Blocks on their way
+// between such a cache and peers.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "dualkv/gpu.h"
+#include "memory/bounce_pool.h"
+#include "memory/cuda_copier.h"
+#include "memory/gpu_slots.h"
+#include "memory/gpu_staging.h"
+#include "node/layer_sender.h"
+#include "rdma/domain.h"
+#include "transport/grants.h"
+
+namespace dualkv {
+
+class NodeState;
+
+// Slots in a GPU's memory that peers' NICs write to.
+struct NicSlots {
+  std::shared_ptr<RdmaDomain> domain;  // ends after what is registered there
+  GpuSlots slots;
+  std::shared_ptr<const RdmaRegistration> registration;
+};
+
+// Made on any thread, used on the progress thread.
+class DevicePort {
+ public:
+  // `gds`: null if storage reads come to the host's memory. `nic`: null if what peers write does. Throws Error.
+  DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std::unique_ptr<GpuStaging> gds,
+             std::unique_ptr<NicSlots> nic);
+
+  CudaDevice& device() { return *device_; }
+  CudaCopier& to_gpu() { return to_gpu_; }
+  CudaCopier& from_gpu() { return from_gpu_; }
+  CudaCopier& within() { return within_; }
+  bool verify() const { return verify_; }
+  GpuStaging* gds() { return gds_.get(); }
+  void add_gds_bytes(std::uint64_t bytes) { gds_bytes_ += bytes; }
+  NicSlots* nic() { return nic_.get(); }
+  void add_nic_bytes(std::uint64_t bytes) { nic_bytes_ += bytes; }
+  // See CudaCopier::withdraw: of all that is on its way to a cache.
+  void withdraw(std::uint64_t owner);
+  // Apart, so that what comes never waits for what goes.
+  BouncePool& landing() { return landing_; }
+  BouncePool& departing() { return departing_; }
+  // For a load: a flag a layer, of equal values, that GPUs wait for one more of. They only grow, so that a GPU which
+  // comes late, when another load has them, does not wait for that one.
+  BouncePool::Piece take_flags() { return flags_->take(); }
+  GpuStats stats() const;
+
+ private:
+  const std::shared_ptr<CudaDevice> device_;
+  const bool verify_;
+  const std::unique_ptr<GpuStaging> gds_;
+  std::uint64_t gds_bytes_ = 0;
+  const std::unique_ptr<NicSlots> nic_;
+  std::uint64_t nic_bytes_ = 0;
+  CudaCopier to_gpu_, from_gpu_, within_;
+  BouncePool landing_, departing_;
+  const std::shared_ptr<BouncePool> flags_;
+};
+
+// What peers write for a cache of a GPU: it lands in pinned memory, or, where their NIC can write there, in slots of
+// the GPU, and is copied on once it was found right. `at` names a Layer Block. Progress thread only.
+class Landing {
+ public:
+  Landing(DevicePort& port, std::uint64_t owner) : port_(port), owner_(owner) {}
+
+  // Where the Layer Block is to be written; nowhere if it is here already, or no memory is left (`full` is then set).
+  GrantSink::Target target(std::uint64_t at, std::uint64_t bytes, Writer writer, std::span<Extent> out, bool& full);
+  // It is there, and right unless it is on the GPU. `done` as of CudaCopier; `wrong` in its place if the GPU finds it
+  // so, and then it may come again. Neither is called after the owner's copies were withdrawn.
+  void land(std::uint64_t at, std::uint64_t bytes, std::span<const Extent> to, std::uint64_t checksum,
+            Copier::Done done, std::function<void()> wrong);
+  // Nobody writes it there any more: another will bring it, by another way perhaps.
+  void drop(std::uint64_t at);
+
+ private:
+  struct Place {
+    FreePieces::Piece piece;
+    bool on_gpu = false;
+    bool landed = false;
+    bool refused = false;
+  };
+
+  void copy_on(const FreePieces::Piece& piece, bool on_gpu, std::uint64_t bytes, std::span<const Extent> to,
+               std::uint64_t checksum, Copier::Done done);
+
+  DevicePort& port_;
+  const std::uint64_t owner_;
+  std::unordered_map<std::uint64_t, Place> places_;
+  std::vector<FreePieces::Piece> left_;  // slots whose write came another way in the end
+};
+
+// What goes to a peer from a cache of a GPU: brought to pinned memory, lowest layer first and no more than a window at
+// a time, and queued with a LayerSender, whose source gets the piece as `keep`. Progress thread only.
+class Departures {
+ public:
+  // Where block `index` is.
+  using Locate = std::function<std::size_t(std::uint32_t layer, std::uint32_t index, std::span<Extent> out)>;
+  using Failed = std::function<void(const Status&)>;
+
+  Departures(NodeState& node, DevicePort& port, LayerSender& sender, Locate locate, Failed failed);
+  ~Departures();
+
+  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count);
+  void pump();
+  // The peer has acknowledged a write.
+  void sent(std::uint32_t layer, std::size_t blocks);
+
+ private:
+  struct Run {
+    std::uint32_t next;
+    std::uint32_t end;
+  };
+  void send_later();
+
+  NodeState& node_;
+  DevicePort& port_;
+  LayerSender& sender_;
+  const Locate locate_;
+  const Failed failed_;
+  const std::uint64_t owner_;
+  std::map<std::uint32_t, std::deque<Run>> queued_;
+  std::uint64_t under_way_ = 0;  // bytes taken from the GPU, or being taken, and not acknowledged
+  Progress::TimerId retry_ = 0;
+  bool sending_ = false;
+  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace dualkv

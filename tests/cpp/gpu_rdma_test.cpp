@@ -1,0 +1,255 @@
+// RDMA straight into a GPU's memory: what peers write lands in its slots, is verified there, and goes on; what goes
+// wrong on the way. On the stand-in of CUDA's driver; but for the last, needs an RDMA device (make rdma).
+#include <atomic>
+#include <memory>
+
+#include "rdma_support.h"
+
+namespace dualkv::testing {
+namespace {
+
+using By = NicsReachTheStandIn::By;
+
+// `device`: of the caches. NICs' writes to the second must be flushed.
+class GpuRdmaTestBase : public NodeTestBase, public ::testing::Test {
+ protected:
+  explicit GpuRdmaTestBase(int device = 0)
+      : NodeTestBase("rdma", KvGeometry({6400, 6912, 7424, 320}, 16, "test/model"), device) {}
+
+  void SetUp() override {
+    if (rdma_devices().empty()) GTEST_SKIP() << "no RDMA device; make rdma has some";
+    if (find_cufile() == nullptr) GTEST_SKIP() << "a real driver, whose memory the stand-in for NICs does not reach";
+    if (const std::string why = CudaDevice::open(0)->missing(GpuCopy::kKernel); !why.empty()) GTEST_SKIP() << why;
+    reach(By::kDmaBuf);
+  }
+  void TearDown() override {
+    pe_.reset();
+    de_.reset();
+  }
+  void reach(By by) {
+    nics_.reset();
+    nics_ = std::make_unique<NicsReachTheStandIn>(by);
+  }
+
+  NodeOptions direct(std::uint32_t slots = kBlocks * 4) {
+    NodeOptions pe = options("pe");
+    pe.gpu.rdma_bytes = slots * std::uint64_t{7424};
+    pe.gpu.bounce_bytes = 4 << 20;  // little enough to be registered at once
+    return pe;
+  }
+  // Writes that began before all queue pairs are up go inline.
+  void start_all(NodeOptions pe) {
+    start(std::move(pe), options("de"));
+    TestCache any(geometry_, 1, device_);
+    pe_->prepare(*any.paged());
+    ASSERT_TRUE(eventually([&] {
+      const LinkStats pe_link = pe_->stats().links.at(0), de_link = de_->stats().links.at(0);
+      return pe_link.rdma.queue_pairs_up == 4 && de_link.rdma.queue_pairs_up == 4;
+    }));
+  }
+
+  GpuStats gpu() const { return pe_->stats().gpus.at(0); }
+  std::uint64_t hit_bytes() const { return kBlocks * geometry_.block_bytes(); }
+  std::uint64_t by_rdma() const { return de_->stats().links.at(0).rdma.bytes_written[0]; }
+  std::uint64_t fallbacks(const std::string& name) const { return pe_->stats().fallbacks[name]; }
+  int flushes() const {
+    return reinterpret_cast<int (*)()>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "stand_in_flushes"))();
+  }
+
+  // All of a hit is read by the decode node and written here.
+  Status load_into(const TestCache& cache) {
+    Load load = pe_->load({plan(decode_), cache.paged(), iota_ids(kBlocks), 10});
+    Status status;
+    for (std::uint32_t layer = 0; layer < geometry_.layers() && status.ok(); ++layer) status = load.wait(layer, in(10));
+    failovers_ = load.result().failovers;
+    if (status.ok()) load.cancel();
+    return status;
+  }
+  void expect_right(const TestCache& cache) const {
+    for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(cache.holds(i, i + 1)) << i;
+  }
+
+  DecodeOnly decode_;
+  std::unique_ptr<NicsReachTheStandIn> nics_;
+  std::uint32_t failovers_ = 0;
+};
+
+class GpuRdmaTest : public GpuRdmaTestBase {};
+
+TEST_F(GpuRdmaTest, AllThatPeersWriteComesThatWayAndIsRight) {
+  for (const By by : {By::kDmaBuf, By::kPeerMemory}) {
+    reach(by);
+    start_all(direct());
+    EXPECT_EQ(gpu().rdma_by_dma_buf, by == By::kDmaBuf);
+    EXPECT_GE(gpu().rdma_slots_bytes, kBlocks * 4 * 7424u);
+    const int before = flushes();
+    for (int round = 1; round <= 2; ++round) {  // the slots come back
+      const TestCache cache(geometry_, kBlocks, device_);
+      const Status status = load_into(cache);
+      ASSERT_TRUE(status.ok()) << status.message;
+      expect_right(cache);
+      EXPECT_EQ(gpu().rdma_bytes, round * hit_bytes());
+      EXPECT_EQ(gpu().within.bytes, round * hit_bytes());
+    }
+    EXPECT_EQ(by_rdma(), 2 * hit_bytes());
+    EXPECT_EQ(gpu().to_gpu.bytes, 0u) << "something went by pinned memory";
+    EXPECT_EQ(gpu().within.verified, 2 * kBlocks * geometry_.layers());
+    EXPECT_EQ(fallbacks("no_gpu_rdma"), 0u);
+    EXPECT_EQ(flushes(), before) << "this GPU sees NICs' writes by itself";
+    expect_all_free();
+    pe_.reset();
+    de_.reset();
+  }
+}
+
+TEST_F(GpuRdmaTest, WithNoSlotLeftItComesToPinnedMemory) {
+  start_all(direct(3));
+  const TestCache cache(geometry_, kBlocks, device_);
+  const Status status = load_into(cache);
+  ASSERT_TRUE(status.ok()) << status.message;
+  expect_right(cache);
+  EXPECT_GT(gpu().rdma_bytes, 0u);
+  EXPECT_GT(gpu().to_gpu.bytes, 0u);
+  EXPECT_EQ(gpu().rdma_bytes + gpu().to_gpu.bytes, hit_bytes());
+  EXPECT_EQ(by_rdma(), hit_bytes());
+}
+
+TEST_F(GpuRdmaTest, WhatIsWrongNeverIsInTheCache) {
+  NodeOptions pe = direct();
+  pe.gpu.verify = true;
+  start_all(pe);
+  const TestCache cache(geometry_, kBlocks, device_);
+  std::atomic<int> spoilt{0};
+  {
+    // What the NIC reads is not what was summed up.
+    const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) {
+      if (!carries_data(wr) || spoilt.fetch_add(1) > 0) return 0;
+      auto* byte = reinterpret_cast<std::uint8_t*>(wr->sg_list[0].addr);
+      *byte = static_cast<std::uint8_t>(*byte ^ 1);
+      return 0;
+    });
+    const Status status = load_into(cache);
+    ASSERT_TRUE(status.ok()) << status.message;
+  }
+  EXPECT_GE(spoilt, 1);
+  EXPECT_GE(failovers_, 1u);
+  expect_right(cache);
+  EXPECT_LT(gpu().rdma_bytes, hit_bytes());
+  EXPECT_GT(gpu().to_gpu.bytes, 0u) << "this node read the block itself";
+  expect_all_free();
+}
+
+TEST_F(GpuRdmaTest, WhatAFailedQueuePairHadComesInline) {
+  start_all(direct());
+  for (int round = 0; round < 2; ++round) {
+    const TestCache cache(geometry_, kBlocks, device_);
+    {
+      std::atomic<int> posts{0};
+      const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) { return carries_data(wr) && posts++ > 0 ? ENOMEM : 0; });
+      const Status status = load_into(cache);
+      ASSERT_TRUE(status.ok()) << status.message;
+    }
+    expect_right(cache);
+    EXPECT_GT(gpu().to_gpu.bytes, 0u);
+    const TestCache after(geometry_, kBlocks, device_);
+    ASSERT_TRUE(eventually([&] { return de_->stats().links.at(0).rdma.queue_pairs_up == 4; }));
+    const std::uint64_t before = gpu().rdma_bytes;
+    ASSERT_TRUE(load_into(after).ok());
+    expect_right(after);
+    EXPECT_EQ(gpu().rdma_bytes - before, hit_bytes()) << "slots are missing";
+  }
+  expect_all_free();
+}
+
+TEST_F(GpuRdmaTest, AGrantIsFilledThatWay) {
+  start_all(direct());
+  for (const bool spoil : {false, true}) {
+    const TestCache cache(geometry_, kBlocks, device_), host(geometry_, kBlocks);
+    TestCache from(geometry_, kBlocks);
+    for (std::uint32_t i = 0; i < kBlocks; ++i) from.fill(i, i + 1);
+    const Grant grant = pe_->grant("de", cache.paged(), iota_ids(kBlocks), 10);
+    SendRequest request;
+    request.grant = grant.id();
+    request.source = from.paged();
+    request.block_ids = iota_ids(kBlocks);
+    request.layers = {0, geometry_.layers()};
+    request.deadline_s = 10;
+    std::atomic<int> posts{0};
+    const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) {
+      if (!spoil || !carries_data(wr) || posts.fetch_add(1) > 0) return 0;
+      auto* byte = reinterpret_cast<std::uint8_t*>(wr->sg_list[0].addr);
+      *byte = static_cast<std::uint8_t>(*byte ^ 1);
+      return 0;
+    });
+    const std::uint64_t before = gpu().rdma_bytes;
+    const auto sent = de_->peer("pe").send_layers(request);
+    const Status status = grant.wait(geometry_.layers() - 1, in(10));
+    if (spoil) {
+      EXPECT_EQ(status.code, Code::kCorrupt) << status.message;
+      EXPECT_LT(gpu().rdma_bytes - before, hit_bytes());
+      continue;
+    }
+    ASSERT_TRUE(status.ok()) << status.message;
+    expect_right(cache);
+    EXPECT_EQ(gpu().rdma_bytes - before, hit_bytes());
+    EXPECT_TRUE(sent.wait(in(1)).ok());
+  }
+}
+
+TEST_F(GpuRdmaTest, ANicThatDoesNotReachTheGpuIsSaid) {
+  reach(By::kNothing);
+  start_all(direct());
+  EXPECT_EQ(fallbacks("no_gpu_rdma"), 1u);
+  EXPECT_EQ(gpu().rdma_slots_bytes, 0u);
+  const TestCache cache(geometry_, kBlocks, device_);
+  ASSERT_TRUE(load_into(cache).ok());
+  expect_right(cache);
+  EXPECT_EQ(gpu().rdma_bytes, 0u);
+  EXPECT_EQ(gpu().to_gpu.bytes, hit_bytes());
+  EXPECT_EQ(by_rdma(), hit_bytes());
+}
+
+class GpuRdmaFlushTest : public GpuRdmaTestBase {
+ protected:
+  GpuRdmaFlushTest() : GpuRdmaTestBase(1) {}
+};
+
+TEST_F(GpuRdmaFlushTest, WritesAreFlushedWhereTheGpuNeedsIt) {
+  start_all(direct());
+  const int before = flushes();
+  const TestCache cache(geometry_, kBlocks, device_);
+  ASSERT_TRUE(load_into(cache).ok());
+  expect_right(cache);
+  EXPECT_EQ(gpu().rdma_bytes, hit_bytes());
+  EXPECT_GT(flushes(), before);
+}
+
+class GpuRdmaOptionTest : public NodeTestBase, public ::testing::Test {
+ protected:
+  GpuRdmaOptionTest() : NodeTestBase("tcp", KvGeometry({6400, 6912, 7424, 320}, 16, "test/model"), 0) {}
+};
+
+TEST_F(GpuRdmaOptionTest, WithoutANicItIsSaidAndLoadsGoOn) {
+  if (!rdma_devices().empty()) GTEST_SKIP() << "this machine has RDMA devices";
+  NodeOptions pe = options("pe");
+  pe.gpu.rdma_bytes = 1 << 20;
+  start(pe, options("de"));
+  TestCache cache(geometry_, kBlocks, device_);
+  DecodeOnly policy;
+  Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
+  ASSERT_TRUE(load.wait(geometry_.layers() - 1, in(10)).ok());
+  for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(cache.holds(i, i + 1)) << i;
+  EXPECT_EQ(pe_->stats().fallbacks["no_gpu_rdma"], 1u);
+  EXPECT_EQ(pe_->stats().gpus.at(0).rdma_slots_bytes, 0u);
+  pe.name = "strict";
+  pe.listen = {};
+  pe.store.fail_on_fallback = true;
+  pe.staging.lock_memory = pe.staging.huge_pages = false;
+  pe.store.direct = "off";
+  pe.store.backend = "pread";
+  Node strict(geometry_, pe);
+  EXPECT_EQ(code_of([&] { strict.prepare(*cache.paged()); }), Code::kUnsupported);
+}
+
+}  // namespace
+}  // namespace dualkv::testing
