@@ -138,8 +138,8 @@ void register_policy(py::module_& m) {
   policy_class<ShortestQueue, PathPolicy>(m, "ShortestQueue")
       .def(py::init<double>(), py::kw_only(), py::arg("margin") = 0.1);
   policy_class<Split, PathPolicy>(m, "Split")
-      .def(py::init<std::uint32_t, std::uint32_t>(), py::kw_only(), py::arg("max_sides") = 4,
-           py::arg("helper_blocks") = 4);
+      .def(py::init<std::uint32_t, std::uint32_t, double>(), py::kw_only(), py::arg("max_sides") = 4,
+           py::arg("helper_blocks") = 4, py::arg("helper_gain") = 0.1);
   policy_class<Recompute, PathPolicy>(m, "Recompute")
       .def(py::init<std::shared_ptr<PathPolicy>, double>(), py::arg("inner"), py::kw_only(), py::arg("margin") = 0.1)
       .def("observe", &Recompute::observe, py::arg("cached"), py::arg("tokens"), py::arg("seconds"));

@@ -110,14 +110,30 @@ Plan ShortestQueue::plan(const PlanRequest& request) {
   return whole(request, best->view(), best->path(), std::move(reason));
 }
 
-Split::Split(std::uint32_t max_sides, std::uint32_t helper_blocks)
-    : max_sides_(max_sides), helper_blocks_(helper_blocks) {
+Split::Split(std::uint32_t max_sides, std::uint32_t helper_blocks, double helper_gain)
+    : max_sides_(max_sides), helper_blocks_(helper_blocks), helper_gain_(helper_gain) {
   require(max_sides > 0, Code::kInvalidArgument, "split: max_sides must be at least 1");
+  require(helper_gain >= 0 && helper_gain < 1, Code::kInvalidArgument, "split: helper_gain = ", helper_gain,
+          ": must be in [0, 1)");
+}
+
+// Whether helpers are asked, with and without whom the hit takes so many seconds. To be there before the engine comes to
+// it is no gain.
+bool Split::worth_it(const PlanRequest& request, double with, double without) const {
+  const double needed = request.prefill.compute_queue_s.value_or(0);
+  return std::max(needed, with) <= std::max(needed, without) * (1 - helper_gain_);
 }
 
 Plan Split::plan(const PlanRequest& request) {
   std::vector<Side> sides = sides_of(request);
   const double bytes = hit_bytes(request);
+  std::string reason = "split:";
+  const std::vector<Side> own(sides.begin(), sides.end() - static_cast<std::ptrdiff_t>(request.helpers.size()));
+  if (own.size() < sides.size() &&
+      !worth_it(request, share_out(sides, bytes).seconds, share_out(own, bytes).seconds)) {
+    sides = own;
+    reason += " helpers would gain too little;";
+  }
   const auto count = static_cast<std::uint32_t>(request.keys.size());
   const double block = bytes / std::max(count, 1u);
   std::vector<double> shares = share_out(sides, bytes).bytes;
@@ -139,7 +155,7 @@ Plan Split::plan(const PlanRequest& request) {
   }
   const std::vector<std::uint32_t> blocks = to_blocks(shares, count);
   Plan plan = unread_plan(request);
-  plan.reason = "split:";
+  plan.reason = std::move(reason);
   std::uint32_t first = 0;
   for (std::size_t i = 0; i < sides.size(); ++i) {
     const NodeView& view = sides[i].view();

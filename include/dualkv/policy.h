@@ -124,14 +124,20 @@ class ShortestQueue : public PathPolicy {
 class Split : public PathPolicy {
  public:
   // At most `max_sides` read: those with the largest shares. Helpers with less than `helper_blocks` are left
-  // out: a message and a link for nothing. Throws Error(kInvalidArgument) for max_sides = 0.
-  explicit Split(std::uint32_t max_sides = 4, std::uint32_t helper_blocks = 4);
+  // out: a message and a link for nothing. So are all of them unless the hit is there sooner by `helper_gain` of the
+  // time it takes without: what comes before the engine needs it (NodeView::compute_queue_s) fills staging in which
+  // others' reads wait, and behind long queues everywhere nobody is idle.
+  // Throws Error(kInvalidArgument) for max_sides = 0, and unless 0 <= helper_gain < 1.
+  explicit Split(std::uint32_t max_sides = 4, std::uint32_t helper_blocks = 4, double helper_gain = 0.1);
   std::string name() const override { return "split"; }
   Plan plan(const PlanRequest& request) override;
 
  private:
+  bool worth_it(const PlanRequest& request, double with, double without) const;
+
   std::uint32_t max_sides_;
   std::uint32_t helper_blocks_;
+  double helper_gain_;
 };
 
 // How fast an engine prefills, from what it was seen to do: base + so much a token + so much a pair of a new token and

@@ -11,8 +11,9 @@ carried them behind what is in flight there; staging limits what it takes at onc
 ``ShortestQueue(*, margin=0.1)``: the whole hit to the side that is done first (paper 6.1). It stays with the side it
 took last unless another is sooner by ``margin`` of the request's own reading time.
 
-``Split(*, max_sides=4, helper_blocks=4)``: shares that end at one instant, over at most ``max_sides`` nodes; helpers
-with fewer than ``helper_blocks`` blocks are left out.
+``Split(*, max_sides=4, helper_blocks=4, helper_gain=0.1)``: shares that end at one instant, over at most ``max_sides``
+nodes. Helpers with fewer than ``helper_blocks`` blocks are left out, and all of them unless the hit is there sooner by
+``helper_gain`` of the time it takes without them; to be there before ``compute_queue_s`` is over is no gain.
 """
 
 from dualkv import _dualkv

@@ -263,6 +263,35 @@ TEST(Policy, SplitAsksNoHelperForLittle) {
             "p:pe_path:0+18 d:de_path:18+1 h:helper_path:19+3");
 }
 
+TEST(Policy, SplitAsksNoHelperWhereAllAreBusy) {
+  Split policy(4, 0), always(4, 0, 0), half(4, 0, 0.5);
+  const auto busy = [](std::uint64_t queue) {
+    return request(30, node("p", queue, kBlock), node("d", queue, kBlock), {node("h", queue, kBlock)});
+  };
+  // 10 s with, 15 s without; behind a queue of 34 s, 44 and 49.
+  EXPECT_EQ(run(policy, busy(0)), "p:pe_path:0+10 d:de_path:10+10 h:helper_path:20+10");
+  EXPECT_EQ(run(policy, busy(34)), "p:pe_path:0+10 d:de_path:10+10 h:helper_path:20+10");
+  EXPECT_EQ(run(policy, busy(36)), "p:pe_path:0+15 d:de_path:15+15");
+  EXPECT_EQ(run(always, busy(1000)), "p:pe_path:0+10 d:de_path:10+10 h:helper_path:20+10");
+  EXPECT_EQ(run(half, busy(0)), "p:pe_path:0+15 d:de_path:15+15");
+  EXPECT_NE(half.plan(busy(0)).reason.find("helpers would gain too little"), std::string::npos);
+  EXPECT_EQ(half.plan(busy(0)).helpers, std::vector<std::string>{"h"}) << "who may be asked when a side fails";
+  EXPECT_EQ(code_of([] { Split wrong(4, 4, 1); }), Code::kInvalidArgument);
+  EXPECT_EQ(code_of([] { Split wrong(4, 4, -0.1); }), Code::kInvalidArgument);
+}
+
+TEST(Policy, SplitAsksNoHelperForAHitThatIsEarlyAnyway) {
+  Split policy(4, 0);
+  PlanRequest early = request(30, node("p", 0, kBlock), node("d", 0, kBlock), {node("h", 0, kBlock)});
+  // There after 10 s with, after 15 s without: when the engine comes to it, the gain is 1 s of 15, or 2 of 15.
+  early.prefill.compute_queue_s = 14;
+  EXPECT_EQ(run(policy, early), "p:pe_path:0+15 d:de_path:15+15");
+  early.prefill.compute_queue_s = 13;
+  EXPECT_EQ(run(policy, early), "p:pe_path:0+10 d:de_path:10+10 h:helper_path:20+10");
+  early.prefill.compute_queue_s = 100;
+  EXPECT_EQ(run(policy, early), "p:pe_path:0+15 d:de_path:15+15");
+}
+
 // Blocks that a side has done by then.
 double reads_by(const NodeView& view, bool relays, double seconds) {
   const auto blocks = [](std::uint64_t bytes) { return static_cast<double>(bytes) / kBlock; };
@@ -323,7 +352,7 @@ PlanRequest request_of(const std::vector<NodeView>& sides, std::uint32_t hit) {
 
 TEST(Policy, SplitFinishesEverywhereAtOnce) {
   std::mt19937 random(11);
-  Split policy(6, 0);
+  Split policy(6, 0, 0);
   for (int round = 0; round < 400; ++round) {
     const std::uint32_t hit = random() % 200;
     const std::vector<NodeView> sides = random_sides(random, 1 + random() % 6);

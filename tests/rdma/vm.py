@@ -156,7 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/rdma"), help="kernel and initramfs are kept here")
     parser.add_argument("--out", type=Path, default=Path("build/rdma/out"), help="/out of the guest")
-    parser.add_argument("--seconds", type=float, default=900, help="the command's limit")
+    parser.add_argument("--seconds", type=float, default=1800, help="the command's limit")
     parser.add_argument("command", nargs="+", help="run by bash, in this folder")
     given = parser.parse_args()
     return run(" ".join(given.command), given.work, given.out, given.seconds)
