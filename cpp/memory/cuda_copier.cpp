@@ -94,6 +94,11 @@ void CudaCopier::flush() {
     queue_.clear();
     return finish(jobs, failed_);
   }
+  try {
+    if (std::exchange(nics_wrote_, false)) device_->settle_nic_writes();
+  } catch (const Error& error) {
+    return fail(error.status(), wait_idle(kWithdraw));
+  }
   while (!queue_.empty() && !free_.empty()) {
     const auto batch = take_batch();
     fill(*batch);

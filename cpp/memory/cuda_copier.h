@@ -35,6 +35,8 @@ class CudaCopier : public Copier {
   // Only sums up what is in the device's memory already; the rest as copy_verified().
   void verify(std::span<const Extent> memory, std::uint64_t owner, std::shared_ptr<void> keep, std::uint64_t checksum,
               Done done);
+  // What NICs have announced by now is what all that is asked for from now on finds.
+  void settle_nic_writes() { nics_wrote_ = true; }
   bool can_verify(std::span<const Extent> to) const { return device_->can_sum(checksum_runs(to)); }
   // Waits for the batches that the owner has copies in, a second at most: a device that takes longer has failed.
   void withdraw(std::uint64_t owner) override;
@@ -93,6 +95,7 @@ class CudaCopier : public Copier {
   std::vector<CopyRun> runs_;                     // of the batch that is being filled
   std::vector<Job>* finishing_ = nullptr;         // being told, perhaps to those who withdraw others of them
   bool flushing_ = false;
+  bool nics_wrote_ = false;  // to the device's memory, and it was not told
   Status failed_;
   Progress::TimerId watch_ = 0;
   GpuCopyStats stats_;

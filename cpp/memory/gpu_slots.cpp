@@ -10,7 +10,9 @@ namespace dualkv {
 namespace {
 
 constexpr std::uint64_t kPage = std::uint64_t{64} << 10;  // of a GPU
-constexpr std::uint64_t kAlign = 256;                     // of Layer Blocks
+// The driver gives what is smaller a part of a page of others', which no NIC gets.
+constexpr std::uint64_t kLargePage = std::uint64_t{2} << 20;
+constexpr std::uint64_t kAlign = 256;  // of Layer Blocks
 
 std::uint64_t whole(std::uint64_t bytes, std::uint64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -71,7 +73,7 @@ GpuSlots::GpuSlots(const std::shared_ptr<CudaDevice>& device, const KvGeometry& 
     throw Error(Code::kInvalidArgument,
                 text(option, " = ", bytes, " bytes: not one slot of ", slot_bytes_, " bytes fits"));
   }
-  memory_ = std::make_shared<GpuMemory>(device, whole(count * slot_bytes_, kPage), option);
+  memory_ = std::make_shared<GpuMemory>(device, whole(count * slot_bytes_, kLargePage), option);
   for (std::uint64_t i = count; i-- > 0;) slots_.add(memory_->memory().data() + i * slot_bytes_);
   slots_.keep(memory_);
 }

@@ -15,7 +15,7 @@ namespace dualkv {
 // Memory of a GPU, given back in the end.
 class GpuMemory {
  public:
-  // Of whole pages of a GPU. `option` asks for it. Throws Error(kNoSpace).
+  // `bytes`: whole pages of a GPU. `option` asks for it. Throws Error(kNoSpace).
   GpuMemory(std::shared_ptr<CudaDevice> device, std::uint64_t bytes, const char* option);
   ~GpuMemory();
   GpuMemory(const GpuMemory&) = delete;

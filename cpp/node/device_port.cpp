@@ -68,71 +68,65 @@ void DevicePort::withdraw(std::uint64_t owner) {
   within_.withdraw(owner);
 }
 
+void DevicePort::copy_in(const Extent& from, bool on_gpu, std::span<const Extent> to, std::uint64_t owner,
+                         std::shared_ptr<void> keep, std::uint64_t checksum, Copier::Done done) {
+  CudaCopier& copier = on_gpu ? within_ : to_gpu_;
+  if (verify_ && copier.can_verify(to)) {
+    return copier.copy_verified({&from, 1}, to, owner, std::move(keep), checksum, std::move(done));
+  }
+  copier.copy({&from, 1}, to, owner, std::move(keep), std::move(done));
+}
+
 GrantSink::Target Landing::target(std::uint64_t at, std::uint64_t bytes, Writer writer, std::span<Extent> out,
                                   bool& full) {
   Place& place = places_[at];
-  if (place.landed || place.refused) return {};
-  if (place.on_gpu && writer == Writer::kCpu) {
-    left_.push_back(std::move(place.piece));
-    place = {};
-  }
+  if (place.state != State::kOpen) return {};
+  // What a NIC was allowed has been fenced by now (RdmaPath::before_inline).
+  if (place.on_gpu && writer == Writer::kCpu) place = {};
   if (!place.piece && writer == Writer::kNic && port_.nic() != nullptr) {
     place.piece = port_.nic()->slots.take();
     place.on_gpu = place.piece != nullptr;
   }
   if (!place.piece) place.piece = port_.landing().take();
   if (!place.piece) {
-    full = place.refused = true;  // also when it is asked again: the bytes have gone
+    full = true;
+    place.state = State::kRefused;  // also when it is asked again: the bytes have gone
     return {};
   }
   out[0] = {place.piece.get(), bytes};
   return {1, place.on_gpu};
 }
 
-void Landing::land(std::uint64_t at, std::uint64_t bytes, std::span<const Extent> to, std::uint64_t checksum,
-                   Copier::Done done, std::function<void()> wrong) {
+void Landing::land(std::uint64_t at, std::uint64_t bytes, std::uint64_t checksum, Right right, Wrong wrong) {
   Place& place = places_[at];
-  place.landed = true;
   const FreePieces::Piece piece = std::move(place.piece);
-  if (!place.on_gpu) return copy_on(piece, /*on_gpu=*/false, bytes, to, checksum, std::move(done));
-  try {
-    port_.device().settle_nic_writes();
-  } catch (const Error& error) {
-    return done(error.status());
+  if (!place.on_gpu) {
+    place.state = State::kRight;
+    return right(piece, /*on_gpu=*/false);
   }
-  struct There {
-    std::array<Extent, PagedKv::kMaxPlanes> extents;
-    std::size_t count;
-  } there{{}, to.size()};
-  std::copy(to.begin(), to.end(), there.extents.begin());
+  place.state = State::kLooking;
+  place.look = ++looks_;
   const Extent from{piece.get(), bytes};
+  port_.within().settle_nic_writes();
   port_.within().verify({&from, 1}, owner_, piece, checksum,
-                        [this, at, bytes, there, checksum, piece, done = std::move(done),
-                         wrong = std::move(wrong)](const Status& status) {
-                          if (status.code == Code::kCorrupt) {
-                            places_.erase(at);
-                            return wrong();
+                        [this, at, bytes, look = place.look, piece, right = std::move(right),
+                         wrong = std::move(wrong)](const Status& is) {
+                          const auto found = places_.find(at);
+                          if (found == places_.end() || found->second.look != look)
+                            return;  // dropped; another brings it, or has
+                          if (!is.ok()) {
+                            places_.erase(found);
+                            return wrong(is);
                           }
-                          if (!status.ok()) return done(status);
+                          found->second.state = State::kRight;
                           port_.add_nic_bytes(bytes);
-                          copy_on(piece, /*on_gpu=*/true, bytes, std::span(there.extents).first(there.count), checksum,
-                                  done);
+                          right(piece, /*on_gpu=*/true);
                         });
-}
-
-void Landing::copy_on(const FreePieces::Piece& piece, bool on_gpu, std::uint64_t bytes, std::span<const Extent> to,
-                      std::uint64_t checksum, Copier::Done done) {
-  CudaCopier& copier = on_gpu ? port_.within() : port_.to_gpu();
-  const Extent from{piece.get(), bytes};
-  if (port_.verify() && copier.can_verify(to)) {
-    return copier.copy_verified({&from, 1}, to, owner_, piece, checksum, std::move(done));
-  }
-  copier.copy({&from, 1}, to, owner_, piece, std::move(done));
 }
 
 void Landing::drop(std::uint64_t at) {
   const auto found = places_.find(at);
-  if (found != places_.end() && !found->second.landed) places_.erase(found);
+  if (found != places_.end() && found->second.state != State::kRight) places_.erase(found);
 }
 
 Departures::Departures(NodeState& node, DevicePort& port, LayerSender& sender, Locate locate, Failed failed)

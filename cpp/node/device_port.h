@@ -46,6 +46,10 @@ class DevicePort {
   void add_gds_bytes(std::uint64_t bytes) { gds_bytes_ += bytes; }
   NicSlots* nic() { return nic_.get(); }
   void add_nic_bytes(std::uint64_t bytes) { nic_bytes_ += bytes; }
+  // A Layer Block that is right to its place in a cache, from the host or, `on_gpu`, from this GPU's memory. Summed up
+  // there once more with GpuOptions::verify. The rest as CudaCopier::copy.
+  void copy_in(const Extent& from, bool on_gpu, std::span<const Extent> to, std::uint64_t owner,
+               std::shared_ptr<void> keep, std::uint64_t checksum, Copier::Done done);
   // See CudaCopier::withdraw: of all that is on its way to a cache.
   void withdraw(std::uint64_t owner);
   // Apart, so that what comes never waits for what goes.
@@ -69,35 +73,38 @@ class DevicePort {
 };
 
 // What peers write for a cache of a GPU: it lands in pinned memory, or, where their NIC can write there, in slots of
-// the GPU, and is copied on once it was found right. `at` names a Layer Block. Progress thread only.
+// the GPU, and its owner copies it on once it was found right. `at` names a Layer Block. Progress thread only.
 class Landing {
  public:
+  // The Layer Block is in `piece`, on the GPU perhaps, and right.
+  using Right = std::function<void(const FreePieces::Piece& piece, bool on_gpu)>;
+  // kCorrupt: it is not, and may come again. Else the GPU has failed.
+  using Wrong = std::function<void(const Status& why)>;
+
   Landing(DevicePort& port, std::uint64_t owner) : port_(port), owner_(owner) {}
 
-  // Where the Layer Block is to be written; nowhere if it is here already, or no memory is left (`full` is then set).
+  // Where the Layer Block is to be written; nowhere if it is here already, be it to be looked at yet, or no memory is
+  // left (`full` is then set).
   GrantSink::Target target(std::uint64_t at, std::uint64_t bytes, Writer writer, std::span<Extent> out, bool& full);
-  // It is there, and right unless it is on the GPU. `done` as of CudaCopier; `wrong` in its place if the GPU finds it
-  // so, and then it may come again. Neither is called after the owner's copies were withdrawn.
-  void land(std::uint64_t at, std::uint64_t bytes, std::span<const Extent> to, std::uint64_t checksum,
-            Copier::Done done, std::function<void()> wrong);
-  // Nobody writes it there any more: another will bring it, by another way perhaps.
+  // It is there, and right unless it is on the GPU, which then looks. One of both is called, perhaps at once; neither
+  // once it was dropped, or the owner's copies were withdrawn.
+  void land(std::uint64_t at, std::uint64_t bytes, std::uint64_t checksum, Right right, Wrong wrong);
+  // Nobody writes it there any more: another will bring it, by another way perhaps. Nothing for what was found right.
   void drop(std::uint64_t at);
 
  private:
+  enum class State : std::uint8_t { kOpen, kRefused, kLooking, kRight };
   struct Place {
-    FreePieces::Piece piece;
+    FreePieces::Piece piece;  // while open
     bool on_gpu = false;
-    bool landed = false;
-    bool refused = false;
+    State state = State::kOpen;
+    std::uint64_t look = 0;  // which one it is that decides
   };
-
-  void copy_on(const FreePieces::Piece& piece, bool on_gpu, std::uint64_t bytes, std::span<const Extent> to,
-               std::uint64_t checksum, Copier::Done done);
 
   DevicePort& port_;
   const std::uint64_t owner_;
   std::unordered_map<std::uint64_t, Place> places_;
-  std::vector<FreePieces::Piece> left_;  // slots whose write came another way in the end
+  std::uint64_t looks_ = 0;
 };
 
 // What goes to a peer from a cache of a GPU: brought to pinned memory, lowest layer first and no more than a window at

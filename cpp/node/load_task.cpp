@@ -68,7 +68,7 @@ LoadTask::LoadTask(NodeState& node, LoadRequest request)
       milestones_(std::make_shared<Milestones>(layers_ + 1)) {
   blocks_.resize(hit_);
   for (Block& block : blocks_) block.layers_left = layers_;
-  delivered_.resize(std::size_t{layers_} * hit_);
+  found_.resize(std::size_t{layers_} * hit_);
   from_decode_.resize(std::size_t{layers_} * hit_);
   checksums_.resize(std::size_t{layers_} * hit_);
   layer_left_.assign(layers_, hit_);
@@ -240,7 +240,8 @@ void LoadTask::on_read(std::uint32_t block, LayerRange layers, ReadResult result
       continue;
     }
     if (copier() != nullptr) {
-      copy_in(result.slot, /*in_gpu=*/false, layer, block, checksum);
+      copy_in(*sources_[0], result.slot.get() + geometry.layer_offset(layer), /*on_gpu=*/false, result.slot, layer,
+              block, checksum);
       continue;
     }
     std::array<Extent, PagedKv::kMaxPlanes> target;
@@ -255,13 +256,13 @@ void LoadTask::check_in_gpu(const FreePieces::Piece& slot, std::uint32_t layer, 
                             std::uint64_t checksum) {
   const Extent where{slot.get() + node_.geometry().layer_offset(layer), node_.geometry().layer_bytes(layer)};
   port_->within().verify({&where, 1}, owner_, slot, checksum,
-                         [weak = weak_from_this(), slot, layer, block, checksum](const Status& status) {
+                         [weak = weak_from_this(), slot, where, layer, block, checksum](const Status& status) {
                            const auto self = weak.lock();
                            if (!self || !self->wanted(0, layer, block)) return;
                            if (status.code == Code::kCorrupt) return self->read_again(block, layer);
                            if (!status.ok()) return self->fail(status);
                            self->port_->add_gds_bytes(self->node_.geometry().layer_bytes(layer));
-                           self->copy_in(slot, /*in_gpu=*/true, layer, block, checksum);
+                           self->copy_in(*self->sources_[0], where.data, /*on_gpu=*/true, slot, layer, block, checksum);
                          });
 }
 
@@ -274,29 +275,34 @@ Copier* LoadTask::copier() const {
   return node_.copier();
 }
 
-void LoadTask::copy_in(const std::shared_ptr<std::byte>& slot, bool in_gpu, std::uint32_t layer, std::uint32_t block,
-                       std::uint64_t checksum) {
+// Once for each Layer Block: a copy that came late would fall on a later layer, where layers share their memory.
+void LoadTask::copy_in(Source& from, const std::byte* bytes, bool on_gpu, const std::shared_ptr<void>& keep,
+                       std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
   std::array<Extent, PagedKv::kMaxPlanes> places;
   const std::size_t count = request_.into->extents(layer, block_ids_[block], places);
   const auto target = std::span<const Extent>(places).first(count);
-  const Extent source{slot.get() + node_.geometry().layer_offset(layer), node_.geometry().layer_bytes(layer)};
-  const auto done = [weak = weak_from_this(), layer, block, checksum](const Status& status) {
+  const Extent source{const_cast<std::byte*>(bytes), node_.geometry().layer_bytes(layer)};
+  const auto done = [weak = weak_from_this(), &from, layer, block, checksum](const Status& status) {
     const auto self = weak.lock();
-    if (!self || !self->wanted(0, layer, block)) return;
+    if (!self || self->ended_) return;
     if (!status.ok()) return self->fail(status);
-    self->deliver(*self->sources_[0], layer, block, checksum);
+    self->deliver(from, layer, block, checksum);
   };
-  if (port_ == nullptr) return copier()->copy({&source, 1}, target, owner_, slot, done);
-  CudaCopier& gpu = in_gpu ? port_->within() : port_->to_gpu();
-  if (port_->verify() && gpu.can_verify(target)) {
-    return gpu.copy_verified({&source, 1}, target, owner_, slot, checksum, done);
-  }
-  gpu.copy({&source, 1}, target, owner_, slot, done);
+  found_[slot_of(layer, block)] = true;
+  if (port_ == nullptr) return node_.copier()->copy({&source, 1}, target, owner_, keep, done);
+  port_->copy_in(source, on_gpu, target, owner_, keep, checksum, done);
 }
 
 bool LoadTask::wanted(std::size_t source, std::uint32_t layer, std::uint32_t block) const {
   return !ended_ && block < hit_ && layer < credit_ && blocks_[block].source == source &&
-         !delivered_[slot_of(layer, block)];
+         !found_[slot_of(layer, block)];
+}
+
+bool LoadTask::all_found(std::uint32_t block) const {
+  for (std::uint32_t layer = 0; layer < layers_; ++layer) {
+    if (!found_[slot_of(layer, block)]) return false;
+  }
+  return true;
 }
 
 GrantSink::Target LoadTask::Source::target(std::uint32_t layer, std::uint32_t block, Writer writer,
@@ -332,27 +338,25 @@ void LoadTask::Source::arrived_wrong(std::uint32_t layer, std::uint32_t block) {
   load->take_over(index, {block}, {Code::kCorrupt, 0, text("layer ", layer, " arrived with a wrong checksum")});
 }
 
-// Its source may be another by the time it is in place: what was right stays so.
 void LoadTask::land(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
-  std::array<Extent, PagedKv::kMaxPlanes> target;
-  const std::size_t count = request_.into->extents(layer, block_ids_[block], target);
   landing_->land(
-      slot_of(layer, block), node_.geometry().layer_bytes(layer), std::span(target).first(count), checksum,
-      [weak = weak_from_this(), &source, layer, block, checksum](const Status& status) {
+      slot_of(layer, block), node_.geometry().layer_bytes(layer), checksum,
+      [weak = weak_from_this(), &source, layer, block, checksum](const FreePieces::Piece& piece, bool on_gpu) {
         const auto self = weak.lock();
-        if (!self || self->ended_ || self->delivered_[self->slot_of(layer, block)]) return;
-        if (!status.ok()) return self->fail(status);
-        self->deliver(source, layer, block, checksum);
+        if (!self || !self->wanted(source.index, layer, block)) return;
+        self->copy_in(source, piece.get(), on_gpu, piece, layer, block, checksum);
       },
-      [weak = weak_from_this(), &source, layer, block] {
+      [weak = weak_from_this(), &source, layer, block](const Status& why) {
         const auto self = weak.lock();
-        if (self && self->wanted(source.index, layer, block)) source.arrived_wrong(layer, block);
+        if (!self || !self->wanted(source.index, layer, block)) return;
+        if (why.code == Code::kCorrupt) return source.arrived_wrong(layer, block);
+        self->fail(why);
       });
 }
 
 void LoadTask::deliver(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
   const std::size_t at = slot_of(layer, block);
-  delivered_[at] = true;
+  found_[at] = true;
   from_decode_[at] = source.index != 0 && source.index == decode_source_;
   checksums_[at] = checksum;
   const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
@@ -459,7 +463,7 @@ void LoadTask::take_over(std::size_t from, const std::vector<std::uint32_t>& blo
   std::vector<std::vector<std::uint32_t>> shares(sources_.size());
   for (std::uint32_t block : blocks) {
     Block& state = blocks_[block];
-    if (state.source != from || state.layers_left == 0) continue;
+    if (state.source != from || all_found(block)) continue;
     for (std::uint32_t layer = 0; landing_ && layer < layers_; ++layer) landing_->drop(slot_of(layer, block));
     const auto next = std::find_if(sources_.begin(), sources_.end(),
                                    [&](const auto& s) { return !s->lost && (state.tried >> s->index & 1) == 0; });

@@ -98,9 +98,11 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   // A Layer Block that storage has put into a slot of the GPU's memory.
   void check_in_gpu(const FreePieces::Piece& slot, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
   void read_again(std::uint32_t block, std::uint32_t layer);
-  // From a slot of the staging or, `in_gpu`, of the GPU's.
-  void copy_in(const std::shared_ptr<std::byte>& slot, bool in_gpu, std::uint32_t layer, std::uint32_t block,
-               std::uint64_t checksum);
+  // What is right goes to its place in the cache, from the host or, `on_gpu`, from its GPU's memory; then delivered,
+  // whoever has the block by then.
+  void copy_in(Source& from, const std::byte* bytes, bool on_gpu, const std::shared_ptr<void>& keep,
+               std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
+  bool all_found(std::uint32_t block) const;
   // What copies from the staging to the cache; null: the CPU.
   Copier* copier() const;
   void land(Source& source, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
@@ -135,7 +137,7 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   Progress::TimerId timer_ = 0;
   std::vector<std::unique_ptr<Source>> sources_;  // 0 is this node
   std::vector<Block> blocks_;
-  std::vector<bool> delivered_;            // [layer][block]
+  std::vector<bool> found_;                // [layer][block]: right, and delivered or on the way to its place
   std::vector<bool> from_decode_;          // delivered by the decode node, which so has it
   std::vector<std::uint64_t> checksums_;   // of delivered Layer Blocks
   std::vector<std::uint32_t> layer_left_;  // blocks not yet in place

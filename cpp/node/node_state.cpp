@@ -147,6 +147,7 @@ void NodeState::close() {
     const std::lock_guard lock(mutex_);
     if (std::exchange(closed_, true)) return;
   }
+  const std::lock_guard prepared(preparing_);  // what is being made ready is in its place, or has gone
   progress_->run([this] {
     closing_ = true;
     progress_->cancel(tick_);
@@ -154,16 +155,20 @@ void NodeState::close() {
     for (auto& [scheme, transport] : transports_) transport->close();
   });
   progress_->run([] {});  // what closing has posted
-  progress_->run([this] {
+  // These end last: to give memory back, the driver may wait for a GPU, and that for a stream which waits for the
+  // progress thread.
+  std::shared_ptr<RdmaDomain> rdma;
+  decltype(ports_) ports;
+  progress_->run([&] {
     loads_.clear();
     serves_.clear();
     incomings_.clear();
     for (auto& [name, peer] : peers_) peer.links.clear();
     transports_.clear();
     copier_.reset();
-    ports_.clear();
+    ports.swap(ports_);
     transport_options_.rdma.reset();
-    rdma_.reset();
+    rdma.swap(rdma_);
   });
   storage().close();
   progress_->stop();
@@ -197,11 +202,11 @@ std::uint32_t NodeState::share(std::span<const std::byte> memory, int fd) {
 
 void NodeState::prepare(const PagedKv& cache) {
   if (cache.on_host()) return;
-  if (closed()) throw Error(kClosing);
   const auto device = CudaDevice::open(cache.device());
   device->check_memory(cache.memory());
-  if (options_.gpu.verify) check_verifiable(cache, *device);
   const std::lock_guard lock(preparing_);
+  if (closed()) throw Error(kClosing);
+  if (options_.gpu.verify) check_verifiable(cache, *device);
   bool known = false;
   progress_->run([&] { known = ports_.contains(cache.device()); });
   if (known) return;
@@ -212,10 +217,7 @@ void NodeState::prepare(const PagedKv& cache) {
   }
   if (!std::exchange(pinned_, true)) pin_staging(device);
   auto port = std::make_unique<DevicePort>(*this, device, make_gds(device), make_nic_slots(device));
-  bool added = false;
   progress_->run([&] {
-    added = !closing_;
-    if (closing_) return port.reset();
     for (const BouncePool* pool : {&port->landing(), &port->departing()}) {
       memory_->add(pool->memory(), pool->owner());
       if (rdma_) rdma_->registrations().find(pool->memory().data(), pool->memory().size());  // ahead: it takes a while
@@ -227,7 +229,6 @@ void NodeState::prepare(const PagedKv& cache) {
     }
     ports_[cache.device()] = std::move(port);
   });
-  if (!added) throw Error(kClosing);
 }
 
 void NodeState::check_verifiable(const PagedKv& cache, const CudaDevice& device) {
@@ -275,9 +276,8 @@ std::unique_ptr<NicSlots> NodeState::make_nic_slots(const std::shared_ptr<CudaDe
   const std::uint64_t bytes = options_.gpu.rdma_bytes;
   if (bytes == 0) return nullptr;
   std::shared_ptr<RdmaDomain> domain;
-  Status status = kClosing;
+  Status status;
   progress_->run([&] {
-    if (closing_) return;
     try {
       domain = rdma();
     } catch (const Error& error) {
@@ -293,7 +293,7 @@ std::unique_ptr<NicSlots> NodeState::make_nic_slots(const std::shared_ptr<CudaDe
     auto registration = std::make_shared<RdmaRegistration>(domain->rails(), slots.memory(), domain->options());
     return std::make_unique<NicSlots>(std::move(domain), std::move(slots), std::move(registration));
   } catch (const Error& error) {
-    if (error.code() == Code::kInvalidArgument || error.code() == Code::kCancelled) throw;
+    if (error.code() == Code::kInvalidArgument) throw;
     fallbacks_.count("no_gpu_rdma", error.status().message);
     return nullptr;
   }

@@ -85,19 +85,30 @@ void GrantTask::arrived(const std::string&, std::uint32_t layer, std::uint32_t b
   if (ended_) return;
   if (check == Check::kWrong) return arrived_wrong(layer, block);
   if (!landing_) return deliver(layer, block);
+  landing_->land(
+      at(layer, block), node_.geometry().layer_bytes(layer), checksum,
+      [weak = weak_from_this(), layer, block, checksum](const FreePieces::Piece& piece, bool on_gpu) {
+        if (const auto self = weak.lock()) self->copy_in(piece, on_gpu, layer, block, checksum);
+      },
+      [weak = weak_from_this(), layer, block](const Status& why) {
+        const auto self = weak.lock();
+        if (!self) return;
+        if (why.code == Code::kCorrupt) return self->arrived_wrong(layer, block);
+        self->end(why);
+      });
+}
+
+void GrantTask::copy_in(const FreePieces::Piece& piece, bool on_gpu, std::uint32_t layer, std::uint32_t block,
+                        std::uint64_t checksum) {
   std::array<Extent, PagedKv::kMaxPlanes> target;
   const std::size_t count = into_->extents(layer, block_ids_[block], target);
-  landing_->land(
-      at(layer, block), node_.geometry().layer_bytes(layer), std::span(target).first(count), checksum,
-      [weak = weak_from_this(), layer, block](const Status& status) {
-        const auto self = weak.lock();
-        if (!self || self->ended_) return;
-        if (!status.ok()) return self->end(status);
-        self->deliver(layer, block);
-      },
-      [weak = weak_from_this(), layer, block] {
-        if (const auto self = weak.lock()) self->arrived_wrong(layer, block);
-      });
+  port_->copy_in({piece.get(), node_.geometry().layer_bytes(layer)}, on_gpu, std::span(target).first(count), owner_,
+                 piece, checksum, [weak = weak_from_this(), layer, block](const Status& status) {
+                   const auto self = weak.lock();
+                   if (!self || self->ended_) return;
+                   if (!status.ok()) return self->end(status);
+                   self->deliver(layer, block);
+                 });
 }
 
 void GrantTask::arrived_wrong(std::uint32_t layer, std::uint32_t block) {

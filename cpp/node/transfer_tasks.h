@@ -35,6 +35,8 @@ class GrantTask : public NodeTask, public GrantSink, public std::enable_shared_f
             std::vector<std::uint32_t> block_ids);
   std::size_t at(std::uint32_t layer, std::uint32_t block) const { return layer * block_ids_.size() + block; }
   void arrived_wrong(std::uint32_t layer, std::uint32_t block);
+  void copy_in(const FreePieces::Piece& piece, bool on_gpu, std::uint32_t layer, std::uint32_t block,
+               std::uint64_t checksum);
   void deliver(std::uint32_t layer, std::uint32_t block);
 
   NodeState& node_;

@@ -117,8 +117,8 @@ Split::Split(std::uint32_t max_sides, std::uint32_t helper_blocks, double helper
           ": must be in [0, 1)");
 }
 
-// Whether helpers are asked, with and without whom the hit takes so many seconds. To be there before the engine comes to
-// it is no gain.
+// Whether helpers are asked, with and without whom the hit takes so many seconds. To be there before the engine comes
+// to it is no gain.
 bool Split::worth_it(const PlanRequest& request, double with, double without) const {
   const double needed = request.prefill.compute_queue_s.value_or(0);
   return std::max(needed, with) <= std::max(needed, without) * (1 - helper_gain_);
@@ -129,8 +129,7 @@ Plan Split::plan(const PlanRequest& request) {
   const double bytes = hit_bytes(request);
   std::string reason = "split:";
   const std::vector<Side> own(sides.begin(), sides.end() - static_cast<std::ptrdiff_t>(request.helpers.size()));
-  if (own.size() < sides.size() &&
-      !worth_it(request, share_out(sides, bytes).seconds, share_out(own, bytes).seconds)) {
+  if (own.size() < sides.size() && !worth_it(request, share_out(sides, bytes).seconds, share_out(own, bytes).seconds)) {
     sides = own;
     reason += " helpers would gain too little;";
   }

@@ -269,8 +269,9 @@ class Peer {
   bool connected() const;
   // The peer's last report. Throws Error(kPeerLost) when it is not connected.
   NodeView view() const;
-  // Sends layer by layer, in order; done when the peer has verified the last byte. The source is borrowed until
-  // the Operation has ended; dropping its last copy withdraws what was not sent.
+  // Sends layer by layer, in order; done when the peer has verified the last byte, or has it in slots of its GPU
+  // (GpuOptions::rdma_bytes): what that GPU then finds wrong ends the peer's grant, and is no error here. The source is
+  // borrowed until the Operation has ended; dropping its last copy withdraws what was not sent.
   Operation send_layers(SendRequest request) const;
 
  private:
@@ -285,7 +286,7 @@ struct LinkStats {
   std::uint64_t bytes_sent[kLaneCount] = {0, 0};
   std::uint64_t bytes_received = 0;
   std::uint64_t writes_rejected = 0;  // outside a grant
-  std::uint64_t writes_corrupt = 0;
+  std::uint64_t writes_corrupt = 0;  // found so by the CPU
   RdmaStats rdma;  // of rdma links
 };
 

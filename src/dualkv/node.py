@@ -376,8 +376,9 @@ class Peer:
     ) -> Operation:
         """Sends blocks ``block_ids[i]`` of ``source`` as blocks ``first_block + i`` of the peer's grant.
 
-        Layer by layer, in order. Done when the peer has verified the last byte; the source must not change until
-        then. Dropping the operation withdraws what was not sent.
+        Layer by layer, in order. Done when the peer has verified the last byte, or has it in slots of its GPU
+        (``gpu_rdma``): what that GPU then finds wrong ends the peer's grant, and is no error here. The source must not
+        change until then. Dropping the operation withdraws what was not sent.
 
         Args:
             layers: (first, count); all if left out.

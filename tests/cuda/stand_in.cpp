@@ -266,6 +266,10 @@ int copy_function, checksum_function, module_;
 // For tests: from now on the device fails whatever it is asked, as after an uncorrectable error.
 CALL void stand_in_fail(int ordinal) { devices().at(ordinal).failed = kIllegalAddress; }
 
+// For tests: kernels wait until they are let go.
+static std::atomic<bool> held{false};
+CALL void stand_in_hold(bool hold) { held = hold; }
+
 // For the stand-in of cuFile: what its DMA would do. False if it is not all of one allocation.
 CALL bool stand_in_write(DevicePtr to, const void* from, std::size_t bytes) {
   const std::shared_lock lock(memory().mutex);
@@ -519,7 +523,12 @@ CALL Result cuLaunchKernel(Function function, unsigned grid, unsigned, unsigned,
                            unsigned, Stream stream, void** parameters, void**) {
   return put(stream, [&](Device& device) {
     const bool copies = function == reinterpret_cast<Function>(&copy_function);
-    return (copies ? copy_kernel : checksum_kernel)(device, parameters, grid, block);
+    Work kernel = (copies ? copy_kernel : checksum_kernel)(device, parameters, grid, block);
+    if (!kernel) return kernel;
+    return Work([kernel = std::move(kernel)] {
+      while (held) std::this_thread::sleep_for(std::chrono::microseconds(50));
+      return kernel();
+    });
   });
 }
 CALL Result cuGetProcAddress_v2(const char* name, void** call, int version, std::uint64_t, int*) {
