@@ -13,6 +13,7 @@ std::shared_ptr<LoopbackHub> hub_of(const py::module_& m) {
 RdmaOptions to_rdma_options(const py::dict& d) {
   RdmaOptions o;
   field(d, "devices", o.devices);
+  field(d, "gpu", o.gpu);
   field(d, "gid_index", o.gid_index);
   field(d, "mtu", o.mtu);
   field(d, "timeout", o.timeout);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <iterator>
 
 #include "base/clock.h"
@@ -66,17 +65,20 @@ bool all_pinned(std::span<const CopyRun> runs, HostSide host) {
   });
 }
 
-// As the kernel knows it; -1 if it doesn't say, or there is only one.
-int numa_node_of(const cuda::Driver& driver, int device) {
+DevicePlace place_of_device(const cuda::Driver& driver, int device) {
   int domain = 0, bus = 0, slot = 0;
   driver.device_get_attribute(&domain, cuda::kAttributePciDomain, device);
   driver.device_get_attribute(&bus, cuda::kAttributePciBus, device);
   driver.device_get_attribute(&slot, cuda::kAttributePciDevice, device);
   char path[80];
-  std::snprintf(path, sizeof(path), "/sys/bus/pci/devices/%04x:%02x:%02x.0/numa_node", domain, bus, slot);
-  int node = -1;
-  std::ifstream(path) >> node;
-  return node;
+  std::snprintf(path, sizeof(path), "/sys/bus/pci/devices/%04x:%02x:%02x.0", domain, bus, slot);
+  return place_of(path);
+}
+
+void check_ordinal(int ordinal, int count) {
+  if (ordinal >= 0 && ordinal < count) return;
+  throw Error(Code::kUnsupported, text("GPU memory: there is no GPU ", ordinal, ", the driver shows ", count,
+                                       " (CUDA_VISIBLE_DEVICES, or the container's `--gpus`, chooses which)"));
 }
 
 }  // namespace
@@ -92,11 +94,7 @@ std::shared_ptr<CudaDevice> CudaDevice::open(int ordinal) {
   const std::lock_guard lock(mutex);
   if (const auto found = opened->find(ordinal); found != opened->end()) return found->second;
   cuda::Driver& driver = driver_or_throw();
-  const int count = device_count(driver);
-  if (ordinal < 0 || ordinal >= count) {
-    throw Error(Code::kUnsupported, text("GPU memory: there is no GPU ", ordinal, ", the driver shows ", count,
-                                         " (CUDA_VISIBLE_DEVICES, or the container's `--gpus`, chooses which)"));
-  }
+  check_ordinal(ordinal, device_count(driver));
   std::shared_ptr<CudaDevice> device(new CudaDevice(driver, ordinal));
   device->load_kernels();
   opened->emplace(ordinal, device);
@@ -112,7 +110,7 @@ CudaDevice::CudaDevice(cuda::Driver& driver, int ordinal) : driver_(driver), ord
   char name[128] = {};
   need(driver.device_get_name(name, sizeof(name) - 1, device_), "cuDeviceGetName");
   name_ = name;
-  numa_node_ = numa_node_of(driver, device_);
+  numa_node_ = place_of_device(driver, device_).numa_node;
   const auto attribute = [&](int which) {
     int value = 0;
     driver.device_get_attribute(&value, which, device_);
@@ -463,6 +461,14 @@ int gpu_of(const void* pointer) {
   if (known && type == cuda::kMemoryTypeDevice) return ordinal;
   throw Error(Code::kInvalidArgument,
               text("the memory at ", pointer, " is ", known ? "host memory" : "not known to CUDA", ", not of a GPU"));
+}
+
+DevicePlace place_of_gpu(int ordinal) {
+  cuda::Driver& driver = driver_or_throw();
+  check_ordinal(ordinal, device_count(driver));
+  int device = 0;
+  cuda_check(driver.device_get(&device, ordinal), "finding a GPU (cuDeviceGet)");
+  return place_of_device(driver, device);
 }
 
 std::vector<GpuInfo> gpus() {

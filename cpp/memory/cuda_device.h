@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "base/device_place.h"
 #include "dualkv/gpu.h"
 #include "dualkv/paged_kv.h"
 #include "memory/cuda_kernels.h"
@@ -138,5 +139,8 @@ void append_runs(std::span<const Extent> from, std::span<const Extent> to, std::
 // checksums() of a GPU's cache.
 std::vector<std::uint64_t> cuda_checksums(const PagedKv& cache, std::span<const std::uint32_t> block_ids,
                                           std::uint32_t first_layer, std::uint32_t layer_count);
+
+// Where the GPU is, without making it ready. Throws Error(kUnsupported) without it, or a driver.
+DevicePlace place_of_gpu(int ordinal);
 
 }  // namespace dualkv

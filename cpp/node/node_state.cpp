@@ -36,6 +36,8 @@ void check_options(const NodeOptions& options) {
   require(rdma.timeout >= 1 && rdma.timeout <= 31, text("node: rdma.timeout = ", rdma.timeout, ": must be 1 to 31"));
   require(rdma.retries >= 0 && rdma.retries <= 7 && rdma.rnr_retries >= 0 && rdma.rnr_retries <= 7,
           "node: rdma.retries and rdma.rnr_retries must be 0 to 7");
+  require(rdma.gpu >= -1, text("node: rdma.gpu = ", rdma.gpu, ": must be a device, or -1 for none"));
+  require(rdma.gpu < 0 || rdma.devices.empty(), "node: rdma.gpu chooses the devices that rdma.devices names: give one");
   require(rdma.stall_s > 0, text("node: rdma.stall_s = ", rdma.stall_s, ": must be positive"));
   require(rdma.mtu == 0 || (rdma.mtu >= 256 && rdma.mtu <= 4096),
           text("node: rdma.mtu = ", rdma.mtu, ": must be 256 to 4096, or 0 for the port's"));
@@ -189,7 +191,9 @@ Transport& NodeState::transport(Scheme scheme) {
 
 const std::shared_ptr<RdmaDomain>& NodeState::rdma() {
   if (!rdma_) {
-    rdma_ = std::make_shared<RdmaDomain>(options_.rdma, options_.staging.numa_node, *progress_, *memory_, counter());
+    const DevicePlace near =
+        options_.rdma.gpu >= 0 ? place_of_gpu(options_.rdma.gpu) : DevicePlace{"", options_.staging.numa_node};
+    rdma_ = std::make_shared<RdmaDomain>(options_.rdma, near, *progress_, *memory_, counter());
   }
   return rdma_;
 }

@@ -17,10 +17,10 @@ namespace dualkv {
 class RdmaDomain {
  public:
   // `note` counts fallbacks. Throws Error as Rail::open_all does.
-  RdmaDomain(const RdmaOptions& options, int numa_node, Progress& progress, const KnownMemory& known,
+  RdmaDomain(const RdmaOptions& options, const DevicePlace& near, Progress& progress, const KnownMemory& known,
              const std::function<void(const std::string&)>& note)
       : options_(options),
-        rails_(Rail::open_all(options, numa_node, progress, [note](const std::string&) { note("rdma_device_fault"); })),
+        rails_(Rail::open_all(options, near, progress, [note](const std::string&) { note("rdma_device_fault"); })),
         registrations_(progress, pinning_, known, rails_, options_, note) {}
 
   const RdmaOptions& options() const { return options_; }

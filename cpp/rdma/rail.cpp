@@ -24,11 +24,6 @@ std::string first_line(const std::string& path) {
   return line;
 }
 
-int numa_node_of(const std::string& device) {
-  const std::string line = first_line("/sys/class/infiniband/" + device + "/device/numa_node");
-  return line.empty() ? -1 : std::atoi(line.c_str());
-}
-
 [[noreturn]] void fail(const std::string& what) { throw Error(Code::kUnsupported, "rdma: " + what, errno); }
 
 void set_nonblocking(int fd) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
@@ -52,7 +47,8 @@ Wanted parse(const std::string& given) {
 
 }  // namespace
 
-std::vector<std::unique_ptr<Rail>> Rail::open_all(const RdmaOptions& options, int numa_node, Progress& progress,
+std::vector<std::unique_ptr<Rail>> Rail::open_all(const RdmaOptions& options, const DevicePlace& near,
+                                                  Progress& progress,
                                                   std::function<void(const std::string&)> on_fault) {
   std::string why;
   Verbs* verbs = dualkv::verbs(&why);
@@ -90,10 +86,11 @@ std::vector<std::unique_ptr<Rail>> Rail::open_all(const RdmaOptions& options, in
   if (options.devices.empty()) {
     for (int i = 0; i < count; ++i) open_ports(list[i], 0, rails);
     std::erase_if(rails, [](const auto& rail) { return rail->attributes().state != IBV_PORT_ACTIVE; });
-    const auto near = [&](const auto& rail) { return rail->numa_node() == numa_node; };
-    if (numa_node >= 0 && std::any_of(rails.begin(), rails.end(), near)) {
-      std::erase_if(rails, [&](const auto& rail) { return !near(rail); });
-    }
+    std::vector<DevicePlace> places;
+    for (const auto& rail : rails) places.push_back(rail->place());
+    std::vector<std::unique_ptr<Rail>> chosen;
+    for (const std::size_t index : nearest(near, places)) chosen.push_back(std::move(rails[index]));
+    rails = std::move(chosen);
   }
   if (rails.empty()) {
     errno = 0;
@@ -122,7 +119,7 @@ Rail::Rail(Verbs& verbs, Progress& progress, ibv_device* device, std::uint8_t po
     verbs.close_device(context_);
     throw;
   }
-  numa_node_ = numa_node_of(device_name);
+  place_ = place_of("/sys/class/infiniband/" + device_name + "/device");
 }
 
 Rail::~Rail() {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/device_place.h"
 #include "base/progress.h"
 #include "dualkv/rdma.h"
 #include "shim/verbs.h"
@@ -18,9 +19,10 @@ namespace dualkv {
 // to them. Progress thread only.
 class Rail {
  public:
-  // The ports that the options ask for, in order. `numa_node`: of the memory, -1 = unknown. `on_fault` hears of what
+  // The ports that the options ask for, in order; if they name none, those nearest to `near`. `on_fault` hears of what
   // befalls a whole device. Throws Error: kUnsupported without verbs or without such a port.
-  static std::vector<std::unique_ptr<Rail>> open_all(const RdmaOptions& options, int numa_node, Progress& progress,
+  static std::vector<std::unique_ptr<Rail>> open_all(const RdmaOptions& options, const DevicePlace& near,
+                                                     Progress& progress,
                                                      std::function<void(const std::string&)> on_fault);
   ~Rail();
   Rail(const Rail&) = delete;
@@ -38,7 +40,7 @@ class Rail {
   std::uint8_t gid_index() const { return gid_index_; }
   const ibv_gid& gid() const { return gid_; }
   bool ethernet() const { return attributes_.link_layer == IBV_LINK_LAYER_ETHERNET; }
-  int numa_node() const { return numa_node_; }  // -1 = unknown
+  const DevicePlace& place() const { return place_; }
 
  private:
   Rail(Verbs& verbs, Progress& progress, ibv_device* device, std::uint8_t port, int gid_index);

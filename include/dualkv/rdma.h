@@ -10,9 +10,13 @@
 namespace dualkv {
 
 struct RdmaOptions {
-  // "mlx5_0" or "mlx5_0:2" (port 2). Empty: every active port, those of the staging memory's NUMA node if it has any.
-  // Queue pairs go over them in turn, so that both sides of a link should list their rails in the same order.
+  // "mlx5_0" or "mlx5_0:2" (port 2). Empty: every active port, those nearest to `gpu`, or of the staging memory's NUMA
+  // node, if it has any. Queue pairs go over them in turn, so that both sides of a link should list their rails in the
+  // same order.
   std::vector<std::string> devices;
+  // CUDA device whose NICs are used: behind the same PCIe switch, else the same host bridge, else of its NUMA node. For
+  // nodes of one GPU. -1: none.
+  int gpu = -1;
   int gid_index = -1;     // -1: the port's RoCE v2 entry with an IPv4 address, else with a global IPv6 one
   std::uint32_t mtu = 0;  // of the path in bytes, 256 to 4096; 0 = what both ports have
   int timeout = 14;       // a packet is sent again after 4.096 us * 2^timeout without an answer

@@ -57,6 +57,7 @@ _RDMA_OPTIONS = {
     "retries",
     "rnr_retries",
     "stall_s",
+    "gpu",
     "send_depth",
     "receive_depth",
     "registered",

@@ -2,6 +2,7 @@
 // wrong on the way. On the stand-in of CUDA's driver; but for the last, needs an RDMA device (make rdma).
 #include <atomic>
 #include <memory>
+#include <set>
 
 #include "rdma_support.h"
 
@@ -209,6 +210,22 @@ TEST_F(GpuRdmaTest, ANicThatDoesNotReachTheGpuIsSaid) {
   EXPECT_EQ(by_rdma(), hit_bytes());
 }
 
+// Soft-RoCE is nowhere on PCIe: all of its ports are as near as can be.
+TEST_F(GpuRdmaTest, NicsNearAGpuAreAskedForByIt) {
+  NodeOptions pe = direct(), de = options("de");
+  pe.rdma.devices = de.rdma.devices = {};
+  pe.rdma.gpu = 1;
+  start(pe, de);
+  const TestCache cache(geometry_, kBlocks, device_);
+  ASSERT_TRUE(load_into(cache).ok());
+  expect_right(cache);
+  const std::vector<std::string> rails = pe_->stats().links.at(0).rdma.rails;
+  EXPECT_EQ(std::set<std::string>(rails.begin(), rails.end()).size(), rdma_devices().size());
+  pe.name = "other";
+  pe.rdma.gpu = 99;
+  EXPECT_EQ(code_of([&] { Node other(geometry_, pe); }), Code::kUnsupported);
+}
+
 class GpuRdmaFlushTest : public GpuRdmaTestBase {
  protected:
   GpuRdmaFlushTest() : GpuRdmaTestBase(1) {}
@@ -222,6 +239,7 @@ TEST_F(GpuRdmaFlushTest, WritesAreFlushedWhereTheGpuNeedsIt) {
   expect_right(cache);
   EXPECT_EQ(gpu().rdma_bytes, hit_bytes());
   EXPECT_GT(flushes(), before);
+  EXPECT_LT(flushes() - before, static_cast<int>(kBlocks * geometry_.layers())) << "once for all that is looked at";
 }
 
 class GpuRdmaOptionTest : public NodeTestBase, public ::testing::Test {

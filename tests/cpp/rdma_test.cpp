@@ -427,6 +427,11 @@ TEST(RdmaOptionsTest, BadOnesAreRefusedByName) {
     }
   };
   refused("rdma.timeout", [](NodeOptions& o) { o.rdma.timeout = 0; });
+  refused("rdma.gpu", [](NodeOptions& o) { o.rdma.gpu = -2; });
+  refused("rdma.gpu", [](NodeOptions& o) {
+    o.rdma.gpu = 0;
+    o.rdma.devices = {"mlx5_0"};
+  });
   refused("rdma.retries", [](NodeOptions& o) { o.rdma.retries = 8; });
   refused("rdma.stall_s", [](NodeOptions& o) { o.rdma.stall_s = 0; });
   refused("rdma.mtu", [](NodeOptions& o) { o.rdma.mtu = 9000; });
