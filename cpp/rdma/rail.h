@@ -60,7 +60,7 @@ class Rail {
   ibv_device_attr device_{};
   std::uint8_t gid_index_ = 0;
   ibv_gid gid_{};
-  int numa_node_ = -1;
+  DevicePlace place_;
   bool watched_ = false;
   std::function<void(const std::string&)> on_fault_;
 };
