@@ -23,9 +23,6 @@ Plan whole(const PlanRequest& request, const NodeView& view, Path path, std::str
 
 std::string mib(std::uint64_t bytes) { return text(bytes >> 20, " MiB"); }
 
-// A side that is done in this part of the time it has needs no other: engines' queues are estimates.
-constexpr double kEarly = 2;
-
 double hit_bytes(const PlanRequest& request) {
   return static_cast<double>(request.keys.size()) *
          static_cast<double>(std::max<std::uint64_t>(request.prefill.block_bytes, 1));
@@ -132,13 +129,6 @@ Plan Split::plan(const PlanRequest& request) {
   const double bytes = hit_bytes(request);
   std::string reason = "split:";
   const std::vector<Side> own(sides.begin(), sides.end() - static_cast<std::ptrdiff_t>(request.helpers.size()));
-  const Side& sooner = *std::min_element(own.begin(), own.end(), [&](const Side& a, const Side& b) {
-    return a.seconds_for(bytes) < b.seconds_for(bytes);
-  });
-  if (request.prefill.compute_queue_s && *request.prefill.compute_queue_s >= kEarly * sooner.seconds_for(bytes)) {
-    return whole(request, sooner.view(), sooner.path(),
-                 text("split: not at all; '", sooner.view().name, "' has it long before its engine needs it"));
-  }
   if (own.size() < sides.size() && !worth_it(request, share_out(sides, bytes).seconds, share_out(own, bytes).seconds)) {
     sides = own;
     reason += " helpers would gain too little;";

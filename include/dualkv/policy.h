@@ -120,8 +120,7 @@ class ShortestQueue : public PathPolicy {
 };
 
 // One request over all sides, so that they finish at the same instant given their queues, measured rates and links;
-// with helpers, over their storage NICs too. Beyond the paper, which leaves splitting to future work (6.1). A hit that
-// one of its nodes has in half the time until its engine needs it (NodeView::compute_queue_s) is read by that one.
+// with helpers, over their storage NICs too. Beyond the paper, which leaves splitting to future work (6.1).
 class Split : public PathPolicy {
  public:
   // At most `max_sides` read: those with the largest shares. Helpers with less than `helper_blocks` are left

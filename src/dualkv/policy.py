@@ -12,9 +12,8 @@ carried them behind what is in flight there; staging limits what it takes at onc
 took last unless another is sooner by ``margin`` of the request's own reading time.
 
 ``Split(*, max_sides=4, helper_blocks=4, helper_gain=0.1)``: shares that end at one instant, over at most ``max_sides``
-nodes. A hit that prefill or decode node has in half of ``compute_queue_s`` is read by that one alone. Helpers with
-fewer than ``helper_blocks`` blocks are left out, and all of them unless the hit is there sooner by ``helper_gain`` of
-the time it takes without them; to be there before ``compute_queue_s`` is over is no gain.
+nodes. Helpers with fewer than ``helper_blocks`` blocks are left out, and all of them unless the hit is there sooner by
+``helper_gain`` of the time it takes without them; to be there before ``compute_queue_s`` is over is no gain.
 """
 
 from dualkv import _dualkv

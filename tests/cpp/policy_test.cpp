@@ -288,22 +288,8 @@ TEST(Policy, SplitAsksNoHelperForAHitThatIsEarlyAnyway) {
   EXPECT_EQ(run(policy, early), "p:pe_path:0+15 d:de_path:15+15");
   early.prefill.compute_queue_s = 13;
   EXPECT_EQ(run(policy, early), "p:pe_path:0+10 d:de_path:10+10 h:helper_path:20+10");
-}
-
-TEST(Policy, SplitLeavesAHitThatOneSideHasEarlyToIt) {
-  Split policy(4, 0);
-  PlanRequest early = request(30, node("p", 10, kBlock), node("d", 0, kBlock));
-  // d alone is done after 30 s.
-  early.prefill.compute_queue_s = 60;
-  EXPECT_EQ(run(policy, early), "d:de_path:0+30");
-  early.prefill.compute_queue_s = 59;
-  EXPECT_EQ(run(policy, early), "p:pe_path:0+10 d:de_path:10+20");
-  early.decode.reset();
-  early.prefill.compute_queue_s = 80;
-  EXPECT_EQ(run(policy, early), "p:pe_path:0+30");
-  // Helpers are not asked for it either.
-  early.helpers = {node("h", 0, kBlock)};
-  EXPECT_EQ(run(policy, early), "p:pe_path:0+30");
+  early.prefill.compute_queue_s = 100;
+  EXPECT_EQ(run(policy, early), "p:pe_path:0+15 d:de_path:15+15");
 }
 
 // Blocks that a side has done by then.
