@@ -1,30 +1,21 @@
 // Opening libibverbs.
 #include "shim/verbs.h"
 
-#include <dlfcn.h>
-
-#include <optional>
+#include "shim/library.h"
 
 namespace dualkv {
 
 namespace {
 
-struct Loaded {
-  std::optional<Verbs> verbs;
-  std::string why;
-};
-
-Loaded load() {
-  void* library = dlopen("libibverbs.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    return {{}, std::string(dlerror()) + "; install rdma-core (libibverbs1, ibverbs-providers)"};
+Loaded<Verbs> load() {
+  SharedLibrary shared("libibverbs.so.1");
+  if (!shared.error().empty()) {
+    return {{}, shared.error() + "; install rdma-core (libibverbs1, ibverbs-providers)"};
   }
   Verbs v{};
-  std::string missing;
   // The oldest version of each call that has today's structs.
   const auto find = [&](auto& entry, const char* name, const char* version = "IBVERBS_1.1") {
-    entry = reinterpret_cast<std::remove_reference_t<decltype(entry)>>(dlvsym(library, name, version));
-    if (entry == nullptr && missing.empty()) missing = name;
+    shared.find(entry, name, version);
   };
   find(v.get_device_list, "ibv_get_device_list");
   find(v.free_device_list, "ibv_free_device_list");
@@ -51,7 +42,8 @@ Loaded load() {
   find(v.query_qp, "ibv_query_qp");
   find(v.destroy_qp, "ibv_destroy_qp");
   find(v.wc_status_str, "ibv_wc_status_str");
-  if (!missing.empty()) return {{}, "libibverbs.so.1 has no " + missing + "; install a newer rdma-core"};
+  if (!shared.missing().empty())
+    return {{}, "libibverbs.so.1 has no " + shared.missing() + "; install a newer rdma-core"};
   find(v.reg_mr_iova2, "ibv_reg_mr_iova2", "IBVERBS_1.8");
   find(v.reg_dmabuf_mr, "ibv_reg_dmabuf_mr", "IBVERBS_1.12");
   v.post_send = [](ibv_qp* qp, ibv_send_wr* wr, ibv_send_wr** bad) { return qp->context->ops.post_send(qp, wr, bad); };
@@ -64,9 +56,8 @@ Loaded load() {
 }  // namespace
 
 Verbs* verbs(std::string* why) {
-  static Loaded loaded = load();
-  if (why != nullptr) *why = loaded.why;
-  return loaded.verbs ? &*loaded.verbs : nullptr;
+  static Loaded<Verbs> loaded = load();
+  return loaded.get(why);
 }
 
 }  // namespace dualkv
