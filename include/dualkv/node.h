@@ -286,8 +286,8 @@ struct LinkStats {
   std::uint64_t bytes_sent[kLaneCount] = {0, 0};
   std::uint64_t bytes_received = 0;
   std::uint64_t writes_rejected = 0;  // outside a grant
-  std::uint64_t writes_corrupt = 0;  // found so by the CPU
-  RdmaStats rdma;  // of rdma links
+  std::uint64_t writes_corrupt = 0;   // found so by the CPU
+  RdmaStats rdma;                     // of rdma links
 };
 
 struct NodeStats {
