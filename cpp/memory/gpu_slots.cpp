@@ -68,13 +68,13 @@ GpuSlots::GpuSlots(const std::shared_ptr<CudaDevice>& device, const KvGeometry& 
                    std::uint64_t bytes, const char* option) {
   require_sums(*device, geometry, holds, option);
   slot_bytes_ = slot_for(geometry, holds);
-  const std::uint64_t count = bytes / slot_bytes_;
-  if (count == 0) {
+  count_ = bytes / slot_bytes_;
+  if (count_ == 0) {
     throw Error(Code::kInvalidArgument,
                 text(option, " = ", bytes, " bytes: not one slot of ", slot_bytes_, " bytes fits"));
   }
-  memory_ = std::make_shared<GpuMemory>(device, whole(count * slot_bytes_, kLargePage), option);
-  for (std::uint64_t i = count; i-- > 0;) slots_.add(memory_->memory().data() + i * slot_bytes_);
+  memory_ = std::make_shared<GpuMemory>(device, whole(count_ * slot_bytes_, kLargePage), option);
+  for (std::uint64_t i = count_; i-- > 0;) slots_.add(memory_->memory().data() + i * slot_bytes_);
   slots_.keep(memory_);
 }
 

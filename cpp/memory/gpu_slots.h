@@ -44,6 +44,8 @@ class GpuSlots {
   // Null if all are out.
   FreePieces::Piece take() { return slots_.take(); }
   std::uint64_t slot_bytes() const { return slot_bytes_; }
+  std::uint64_t count() const { return count_; }
+  // The slots are its beginning.
   const std::shared_ptr<GpuMemory>& memory() const { return memory_; }
   // Lives as long as a slot is out, or this.
   std::shared_ptr<const void> owner() const { return slots_.owner(); }
@@ -51,7 +53,7 @@ class GpuSlots {
   void keep(std::shared_ptr<const void> thing) { slots_.keep(std::move(thing)); }
 
  private:
-  std::uint64_t slot_bytes_ = 0;
+  std::uint64_t slot_bytes_ = 0, count_ = 0;
   std::shared_ptr<GpuMemory> memory_;
   FreePieces slots_;
 };

@@ -47,9 +47,9 @@ GpuStaging::GpuStaging(const std::shared_ptr<CudaDevice>& device, const KvGeomet
   const cufile::Library* library = cufile::library(&why);
   if (library == nullptr) throw Error(Code::kUnsupported, "gpu_gds: " + why);
   const auto registered = std::make_shared<Registered>(*library, slots_.memory());
-  const auto memory = slots_.memory()->memory();
-  for (std::uint64_t at = 0; at < memory.size(); at += slots_.slot_bytes()) {
-    registered->add(memory.data() + at, slots_.slot_bytes());
+  const std::byte* first = slots_.memory()->memory().data();
+  for (std::uint64_t i = 0; i < slots_.count(); ++i) {
+    registered->add(first + i * slots_.slot_bytes(), slots_.slot_bytes());
   }
   slots_.keep(registered);
   compatibility_ = library->compatibility;

@@ -81,8 +81,8 @@ GrantSink::Target Landing::target(std::uint64_t at, std::uint64_t bytes, Writer 
                                   bool& full) {
   Place& place = places_[at];
   if (place.state != State::kOpen) return {};
-  // What a NIC was allowed has been fenced by now (RdmaPath::before_inline).
-  if (place.on_gpu && writer == Writer::kCpu) place = {};
+  // Kept, as another link of the peer may have been cleared to write there.
+  if (place.on_gpu && writer == Writer::kCpu) left_.push_back(std::exchange(place, {}).piece);
   if (!place.piece && writer == Writer::kNic && port_.nic() != nullptr) {
     place.piece = port_.nic()->slots.take();
     place.on_gpu = place.piece != nullptr;

@@ -105,6 +105,7 @@ class Landing {
   const std::uint64_t owner_;
   std::unordered_map<std::uint64_t, Place> places_;
   std::uint64_t looks_ = 0;
+  std::vector<FreePieces::Piece> left_;  // slots whose write came another way in the end
 };
 
 // What goes to a peer from a cache of a GPU: brought to pinned memory, lowest layer first and no more than a window at

@@ -149,11 +149,13 @@ void NodeState::close() {
     const std::lock_guard lock(mutex_);
     if (std::exchange(closed_, true)) return;
   }
-  const std::lock_guard prepared(preparing_);  // what is being made ready is in its place, or has gone
-  progress_->run([this] {
+  const auto abort_all = [this] { for_each_task([](NodeTask& task) { task.abort(kClosing); }); };
+  progress_->run(abort_all);  // a GPU that is being made ready may wait for one of them
+  const std::lock_guard prepared(preparing_);
+  progress_->run([this, &abort_all] {
     closing_ = true;
     progress_->cancel(tick_);
-    for_each_task([](NodeTask& task) { task.abort(kClosing); });
+    abort_all();
     for (auto& [scheme, transport] : transports_) transport->close();
   });
   progress_->run([] {});  // what closing has posted

@@ -45,6 +45,29 @@ std::vector<std::uint32_t> to_blocks(const std::vector<double>& shares, std::uin
   return blocks;
 }
 
+// Leaves those that are asked: helpers with less than `helper_bytes` go first, then those with the least, until few
+// enough are left.
+Shares choose(std::vector<Side>& sides, double bytes, std::uint32_t max_sides, double helper_bytes) {
+  Shares out = share_out(sides, bytes);
+  std::vector<double>& shares = out.bytes;
+  while (sides.size() > 1) {
+    auto gone = std::min_element(shares.begin(), shares.end());
+    bool small = false;
+    for (auto it = shares.begin(); it != shares.end(); ++it) {
+      const bool helper = sides[static_cast<std::size_t>(it - shares.begin())].path() == Path::kHelper;
+      if (!helper || *it >= helper_bytes || (small && *it >= *gone)) continue;
+      gone = it;
+      small = true;
+    }
+    const bool idle = *gone <= 0;
+    if (!idle && !small && sides.size() <= max_sides) break;
+    sides.erase(sides.begin() + (gone - shares.begin()));
+    shares.erase(gone);
+    if (!idle) out = share_out(sides, bytes);
+  }
+  return out;
+}
+
 }  // namespace
 
 std::string_view to_string(Path path) {
@@ -117,42 +140,25 @@ Split::Split(std::uint32_t max_sides, std::uint32_t helper_blocks, double helper
           ": must be in [0, 1)");
 }
 
-// Whether helpers are asked, with and without whom the hit takes so many seconds. To be there before the engine comes
-// to it is no gain.
-bool Split::worth_it(const PlanRequest& request, double with, double without) const {
-  const double needed = request.prefill.compute_queue_s.value_or(0);
-  return std::max(needed, with) <= std::max(needed, without) * (1 - helper_gain_);
-}
-
 Plan Split::plan(const PlanRequest& request) {
-  std::vector<Side> sides = sides_of(request);
-  const double bytes = hit_bytes(request);
-  std::string reason = "split:";
-  const std::vector<Side> own(sides.begin(), sides.end() - static_cast<std::ptrdiff_t>(request.helpers.size()));
-  if (own.size() < sides.size() && !worth_it(request, share_out(sides, bytes).seconds, share_out(own, bytes).seconds)) {
-    sides = own;
-    reason += " helpers would gain too little;";
-  }
   const auto count = static_cast<std::uint32_t>(request.keys.size());
-  const double block = bytes / std::max(count, 1u);
-  std::vector<double> shares = share_out(sides, bytes).bytes;
-  // Helpers that are not worth their message go first, then those with the least, until few enough are left.
-  while (sides.size() > 1) {
-    auto gone = std::min_element(shares.begin(), shares.end());
-    bool small = false;
-    for (auto it = shares.begin(); it != shares.end(); ++it) {
-      const bool helper = sides[static_cast<std::size_t>(it - shares.begin())].path() == Path::kHelper;
-      if (!helper || *it >= helper_blocks_ * block || (small && *it >= *gone)) continue;
-      gone = it;
-      small = true;
+  const double bytes = hit_bytes(request);
+  const double least = helper_blocks_ * bytes / std::max(count, 1u);
+  std::vector<Side> sides = sides_of(request);
+  std::vector<Side> own(sides.begin(), sides.end() - static_cast<std::ptrdiff_t>(request.helpers.size()));
+  std::string reason = "split:";
+  Shares chosen = choose(sides, bytes, max_sides_, least);
+  if (sides.back().path() == Path::kHelper) {
+    Shares without = choose(own, bytes, max_sides_, least);
+    // To be there before the engine comes to it is no gain.
+    const double needed = request.prefill.compute_queue_s.value_or(0);
+    if (std::max(needed, chosen.seconds) > std::max(needed, without.seconds) * (1 - helper_gain_)) {
+      reason += " helpers would gain too little;";
+      sides = std::move(own);
+      chosen = std::move(without);
     }
-    const bool idle = *gone <= 0;
-    if (!idle && !small && sides.size() <= max_sides_) break;
-    sides.erase(sides.begin() + (gone - shares.begin()));
-    shares.erase(gone);
-    if (!idle) shares = share_out(sides, bytes).bytes;
   }
-  const std::vector<std::uint32_t> blocks = to_blocks(shares, count);
+  const std::vector<std::uint32_t> blocks = to_blocks(chosen.bytes, count);
   Plan plan = unread_plan(request);
   plan.reason = std::move(reason);
   std::uint32_t first = 0;

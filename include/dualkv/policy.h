@@ -133,8 +133,6 @@ class Split : public PathPolicy {
   Plan plan(const PlanRequest& request) override;
 
  private:
-  bool worth_it(const PlanRequest& request, double with, double without) const;
-
   std::uint32_t max_sides_;
   std::uint32_t helper_blocks_;
   double helper_gain_;

@@ -1,5 +1,6 @@
 // Reads from storage straight into a GPU's memory: what is right, what goes wrong on the way, what is never touched. On
 // stand-ins of cuFile and of CUDA's driver.
+#include "memory/gpu_staging.h"
 #include "node_support.h"
 
 namespace dualkv::testing {
@@ -75,6 +76,16 @@ TEST_F(GdsTest, AllOfAHitComesThatWayAndIsRight) {
   EXPECT_EQ(gpu().gds_slots_bytes, 128u << 16);
   EXPECT_EQ(fallbacks("gds_read_failed") + fallbacks("no_gds") + fallbacks("gds_compatibility"), 0u);
   expect_all_free();
+}
+
+TEST_F(GdsTest, SlotsOfAnySizeAreRegistered) {
+  const KvGeometry geometry({65536, 65536}, 16, "test/model");
+  const int before = registered();
+  {
+    const GpuStaging staging(CudaDevice::open(0), geometry, 10 * (std::uint64_t{192} << 10));
+    EXPECT_EQ(registered() - before, 10) << "they don't fill the memory, and none reaches out of it";
+  }
+  EXPECT_EQ(registered(), before);
 }
 
 TEST_F(GdsTest, BothPathsOfALoadMeetInTheCache) {

@@ -164,12 +164,13 @@ TEST_F(LandingTest, ALateVerdictOfWhatAnotherBringsIsNobodys) {
   EXPECT_EQ(right_at_, std::vector<std::byte*>{second});
 }
 
-TEST_F(LandingTest, WhatComesInlineInTheEndGivesItsSlotBack) {
+// A NIC may still write to the slot, by another link perhaps. SetUp's counterpart sees that it comes back in the end.
+TEST_F(LandingTest, WhatComesInlineInTheEndIsNotWhereANicMayWrite) {
   std::byte* slot = ask();
   std::byte* pinned = ask(Writer::kCpu);
   EXPECT_NE(pinned, nullptr);
   EXPECT_NE(pinned, slot);
-  on_progress([&] { EXPECT_EQ(free_slots(), 4); });
+  on_progress([&] { EXPECT_EQ(free_slots(), 3); });
 }
 
 class OneCopyTest : public NodeTestBase, public ::testing::Test {

@@ -280,6 +280,16 @@ TEST(Policy, SplitAsksNoHelperWhereAllAreBusy) {
   EXPECT_EQ(code_of([] { Split wrong(4, 4, -0.1); }), Code::kInvalidArgument);
 }
 
+TEST(Policy, SplitCountsOnlyTheHelpersThatItAsks) {
+  Split policy(4), always(4, 4, 0);
+  // Ten helpers would take 10 s of 50; the two that may be asked only 2.4 s.
+  std::vector<NodeView> helpers;
+  for (int i = 0; i < 10; ++i) helpers.push_back(node("h" + std::to_string(i), 0, kBlock / 2));
+  const PlanRequest slow = request(1000, node("p", 0, 10 * kBlock), node("d", 0, 10 * kBlock), helpers);
+  EXPECT_EQ(run(policy, slow), "p:pe_path:0+500 d:de_path:500+500");
+  EXPECT_EQ(always.plan(slow).ranges.size(), 4u);
+}
+
 TEST(Policy, SplitAsksNoHelperForAHitThatIsEarlyAnyway) {
   Split policy(4, 0);
   PlanRequest early = request(30, node("p", 0, kBlock), node("d", 0, kBlock), {node("h", 0, kBlock)});

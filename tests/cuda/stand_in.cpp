@@ -270,13 +270,13 @@ CALL void stand_in_fail(int ordinal) { devices().at(ordinal).failed = kIllegalAd
 static std::atomic<bool> held{false};
 CALL void stand_in_hold(bool hold) { held = hold; }
 
-// For the stand-in of cuFile: what its DMA would do. False if it is not all of one allocation.
+// For the stand-in of cuFile: what its DMA would do, if `from` is not null. False if it is not all of one allocation.
 CALL bool stand_in_write(DevicePtr to, const void* from, std::size_t bytes) {
   const std::shared_lock lock(memory().mutex);
   const auto it = Memory::holding(memory().device, to);
   if (it == memory().device.end() || to - it->first > it->second.bytes) return false;
   if (it->second.bytes - (to - it->first) < bytes) return false;
-  std::memcpy(it->second.shadow + (to - it->first), from, bytes);
+  if (from != nullptr) std::memcpy(it->second.shadow + (to - it->first), from, bytes);
   return true;
 }
 

@@ -124,6 +124,7 @@ CALL void cuFileHandleDeregister(void* handle) {
 CALL CUfileError_t cuFileBufRegister(const void* begin, size_t bytes, int flags) {
   const auto address = reinterpret_cast<uintptr_t>(begin);
   if (flags != 0 || bytes == 0 || address % 4096 != 0) return {kInvalidValue, 0};
+  if (!write_device(address, nullptr, bytes)) return {kInvalidMapping, 0};
   const std::lock_guard lock(mutex);
   if (const char* most = getenv("DUALKV_STAND_IN_BUFFERS");
       most != nullptr && buffers.size() >= strtoul(most, nullptr, 10))
