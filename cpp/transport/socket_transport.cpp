@@ -107,6 +107,7 @@ class SocketTransport : public Transport {
   std::vector<std::shared_ptr<Handshake>> shakes_;
   std::map<std::pair<std::string, std::uint64_t>, std::shared_ptr<SocketLink>> partial_;
   std::vector<std::weak_ptr<SocketLink>> links_;
+  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 // A connection attempt: all channels of one link.
@@ -387,7 +388,8 @@ void SocketTransport::forget(const std::shared_ptr<Handshake>& shake) {
 // A link whose other channels never come is given up.
 void SocketTransport::expire_partial(const std::pair<std::string, std::uint64_t>& key) {
   const auto limit = to_duration(options_.handshake_s);
-  progress_.at(Clock::now() + 2 * limit, [this, key] {
+  progress_.at(Clock::now() + 2 * limit, [this, key, alive = std::weak_ptr(alive_)] {
+    if (alive.expired()) return;
     const auto node = partial_.extract(key);
     if (!node.empty()) node.mapped()->close({Code::kTimeout, 0, "the peer opened only a part of its channels"});
   });
