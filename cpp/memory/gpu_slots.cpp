@@ -18,9 +18,7 @@ std::uint64_t whole(std::uint64_t bytes, std::uint64_t unit) { return (bytes + u
 
 std::uint64_t slot_for(const KvGeometry& geometry, GpuSlots::Holds holds) {
   if (holds == GpuSlots::Holds::kFullBlock) return whole(geometry.file_bytes(), kPage);
-  std::uint64_t most = 0;
-  for (std::uint32_t i = 0; i < geometry.layers(); ++i) most = std::max(most, geometry.layer_bytes(i));
-  return whole(most, kAlign);
+  return whole(largest_layer_bytes(geometry), kAlign);
 }
 
 void require_sums(const CudaDevice& device, const KvGeometry& geometry, GpuSlots::Holds holds, const char* option) {
@@ -36,6 +34,12 @@ void require_sums(const CudaDevice& device, const KvGeometry& geometry, GpuSlots
 }
 
 }  // namespace
+
+std::uint64_t largest_layer_bytes(const KvGeometry& geometry) {
+  std::uint64_t most = 0;
+  for (std::uint32_t i = 0; i < geometry.layers(); ++i) most = std::max(most, geometry.layer_bytes(i));
+  return most;
+}
 
 GpuMemory::GpuMemory(std::shared_ptr<CudaDevice> device, std::uint64_t bytes, const char* option)
     : device_(std::move(device)) {

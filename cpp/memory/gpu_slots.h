@@ -12,6 +12,9 @@
 
 namespace dualkv {
 
+// Of the largest Layer Block: what a piece of memory for any of them holds.
+std::uint64_t largest_layer_bytes(const KvGeometry& geometry);
+
 // Memory of a GPU, given back in the end.
 class GpuMemory {
  public:

@@ -1,7 +1,6 @@
 // A GPU's caches: set-up, and what lands and departs.
 #include "node/device_port.h"
 
-#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
@@ -17,12 +16,6 @@ namespace {
 
 constexpr double kRetry = 0.002;                              // s, where other tasks have all of the pinned memory
 constexpr std::uint64_t kFlagBytes = std::uint64_t{4} << 20;  // flags of some 16,000 loads of 64 layers
-
-std::uint64_t largest_layer(const KvGeometry& geometry) {
-  std::uint64_t most = 0;
-  for (std::uint32_t i = 0; i < geometry.layers(); ++i) most = std::max(most, geometry.layer_bytes(i));
-  return most;
-}
 
 // One for all nodes, for ever: a stream may come to its wait when the node has long gone.
 std::shared_ptr<BouncePool> flags_of(const std::shared_ptr<CudaDevice>& device, std::uint32_t layers) {
@@ -46,8 +39,8 @@ DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std:
       to_gpu_(node.shared_progress(), device_, HostSide::kFrom, node.options().gpu.copy, node.counter()),
       from_gpu_(node.shared_progress(), device_, HostSide::kTo, node.options().gpu.copy, node.counter()),
       within_(node.shared_progress(), device_, HostSide::kNone, node.options().gpu.copy, node.counter()),
-      landing_(device_, largest_layer(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
-      departing_(device_, largest_layer(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
+      landing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
+      departing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       flags_(flags_of(device_, node.geometry().layers())) {}
 
 GpuStats DevicePort::stats() const {

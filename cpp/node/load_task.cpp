@@ -276,12 +276,12 @@ Copier* LoadTask::copier() const {
 }
 
 // Once for each Layer Block: a copy that came late would fall on a later layer, where layers share their memory.
-void LoadTask::copy_in(Source& from, const std::byte* bytes, bool on_gpu, const std::shared_ptr<void>& keep,
+void LoadTask::copy_in(Source& from, std::byte* bytes, bool on_gpu, const std::shared_ptr<void>& keep,
                        std::uint32_t layer, std::uint32_t block, std::uint64_t checksum) {
   std::array<Extent, PagedKv::kMaxPlanes> places;
   const std::size_t count = request_.into->extents(layer, block_ids_[block], places);
   const auto target = std::span<const Extent>(places).first(count);
-  const Extent source{const_cast<std::byte*>(bytes), node_.geometry().layer_bytes(layer)};
+  const Extent source{bytes, node_.geometry().layer_bytes(layer)};
   const auto done = [weak = weak_from_this(), &from, layer, block, checksum](const Status& status) {
     const auto self = weak.lock();
     if (!self || self->ended_) return;

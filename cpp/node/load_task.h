@@ -100,8 +100,8 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   void read_again(std::uint32_t block, std::uint32_t layer);
   // What is right goes to its place in the cache, from the host or, `on_gpu`, from its GPU's memory; then delivered,
   // whoever has the block by then.
-  void copy_in(Source& from, const std::byte* bytes, bool on_gpu, const std::shared_ptr<void>& keep,
-               std::uint32_t layer, std::uint32_t block, std::uint64_t checksum);
+  void copy_in(Source& from, std::byte* bytes, bool on_gpu, const std::shared_ptr<void>& keep, std::uint32_t layer,
+               std::uint32_t block, std::uint64_t checksum);
   bool all_found(std::uint32_t block) const;
   // What copies from the staging to the cache; null: the CPU.
   Copier* copier() const;
