@@ -63,6 +63,7 @@ void Progress::run(const Task& task) {
       })) {
     done.get_future().wait();
   } else {
+    const std::lock_guard lock(ending_);
     stop();  // joins, so nobody else touches the state
     task();
   }
@@ -108,7 +109,9 @@ void Progress::stop() {
     stopping_ = true;
     eventfd_write(wake_.get(), 1);
   }
-  if (thread_.joinable() && !on_thread()) thread_.join();
+  if (on_thread()) return;
+  const std::lock_guard lock(ending_);
+  if (thread_.joinable()) thread_.join();
 }
 
 void Progress::run_posted() {

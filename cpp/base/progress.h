@@ -36,7 +36,8 @@ class Progress {
   // Runs `task` on the progress thread, after those posted before it. False, and the task is dropped, once the
   // thread has been told to stop.
   bool post(Task task);
-  // Runs `task` there and waits for it. Runs it in place on the progress thread itself, or after the stop.
+  // Runs `task` there and waits for it. Runs it in place on the progress thread itself, or after the stop, one at a
+  // time.
   void run(const Task& task);
   bool on_thread() const { return std::this_thread::get_id() == id_.load(std::memory_order_relaxed); }
 
@@ -47,7 +48,8 @@ class Progress {
   TimerId at(Clock::time_point when, Task task);
   void cancel(TimerId timer);
 
-  // Runs what was posted, then ends the thread. Idempotent.
+  // Runs what was posted, then ends the thread, which has ended when this returns (unless called on it). Idempotent,
+  // also by several threads at once.
   void stop();
 
  private:
@@ -75,6 +77,7 @@ class Progress {
   std::map<TimerId, Clock::time_point> timer_times_;
   TimerId next_timer_ = 1;
   std::atomic<std::thread::id> id_{};  // of thread_, once it runs
+  std::recursive_mutex ending_;  // guards the end of thread_ (two joins at once may wait for ever), and tasks after it
   std::thread thread_;
 };
 

@@ -244,6 +244,23 @@ TEST(Progress, ManyLivesWithPostersRacingTheStop) {
   }
 }
 
+// As when a garbage collector drops handles on one thread while another closes their node.
+TEST(Progress, StopsByManyThreadsAtOnceAllReturnAndNothingRunsBesideAnother) {
+  for (int round = 0; round < 300; ++round) {
+    Progress progress("test");
+    int ran = 0;  // on the progress thread, or after it, one at a time: no lock needed
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; ++i) {
+      threads.emplace_back([&, i] {
+        if (i % 2 == 0) progress.stop();
+        progress.run([&] { progress.run([&] { ++ran; }); });
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(ran, 4);
+  }
+}
+
 // Nothing but the task itself knows of the next one: without it the thread would sleep on.
 TEST(Progress, WhatAHandlerPostsRunsWithoutAWakeUp) {
   for (const int spin_us : {0, 50}) {
