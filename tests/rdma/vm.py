@@ -1,7 +1,8 @@
 """Runs a command on a kernel with soft-RoCE: a small VM over this machine's own files, for machines without RDMA.
 
 The guest's root is this machine's, read-only under a tmpfs; what the command leaves in /out comes back. Its two RDMA
-devices, rxe0 and rxe1, sit on the ends of a veth pair, d0 (10.77.0.1) and d1 (10.77.0.2).
+devices, rxe0 and rxe1, sit on the ends of a veth pair, d0 (10.77.0.1) and d1 (10.77.0.2). A module of our own
+(service_levels/) has them keep the service levels that soft-RoCE drops.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 MODULES = (
     *("virtio_pci", "9pnet_virtio", "9p", "overlay", "veth", "af_packet"),
-    *("ib_uverbs", "rdma_ucm", "crc32_generic", "rdma_rxe", "sch_htb", "cls_u32"),
+    *("ib_uverbs", "rdma_ucm", "crc32_generic", "rdma_rxe", "service_levels", "sch_htb", "cls_u32"),
 )
+OUR_MODULE = Path(__file__).resolve().parent / "service_levels"
 
 INIT = """#!/bin/busybox sh
 export PATH=/bin:/sbin
@@ -72,22 +75,54 @@ def sh(*command: str, **options: object) -> str:
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, **options).stdout  # type: ignore[call-overload,no-any-return]
 
 
-def fetch_kernel(work: Path) -> Path:
-    """Debian's stock kernel, unpacked and not installed; the folder that has boot/ and lib/modules/."""
-    tree = work / "kernel"
+def unpack(packages: Sequence[str], tree: Path) -> None:
+    """Downloads Debian's packages into a folder: they are not installed. Does nothing where the folder is there."""
     if tree.is_dir():
-        return tree
-    if not sh("apt-cache", "search", "--names-only", "^linux-image-amd64$"):
-        sh("apt-get", "update", "-qq")
-    depends = sh("apt-cache", "depends", "linux-image-amd64")
-    package = next(line.split()[-1] for line in depends.splitlines() if "Depends:" in line)
-    print(f"downloading {package} (70 MB)", flush=True)
-    sh("apt-get", "download", "-q", package, cwd=work)
-    half = work / "kernel.part"
+        return
+    half = tree.with_suffix(".part")
     shutil.rmtree(half, ignore_errors=True)
-    sh("dpkg-deb", "-x", str(next(work.glob("linux-image-*.deb"))), str(half))
+    half.mkdir(parents=True)
+    print(f"downloading {', '.join(packages)}", flush=True)
+    sh("apt-get", "download", "-q", *packages, cwd=half)
+    for package in half.glob("*.deb"):
+        sh("dpkg-deb", "-x", str(package), str(half))
+        package.unlink()
     half.rename(tree)
+
+
+def depends(package: str) -> list[str]:
+    listed = sh("apt-cache", "depends", "--important", package)
+    return [line.split()[-1] for line in listed.splitlines() if "Depends:" in line]
+
+
+def fetch_kernel(work: Path) -> Path:
+    """Debian's stock kernel and our module; the folder that has boot/ and lib/modules/."""
+    tree = work / "kernel"
+    if not tree.is_dir() and not sh("apt-cache", "search", "--names-only", "^linux-image-amd64$"):
+        sh("apt-get", "update", "-qq")
+    unpack(depends("linux-image-amd64")[:1], tree)
+    version = next((tree / "lib/modules").iterdir()).name
+    built = tree / "lib/modules" / version / "updates/service_levels.ko"
+    sources = list(OUR_MODULE.iterdir())
+    if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        build_module(sources, version, work, built)
     return tree
+
+
+def build_module(sources: Sequence[Path], version: str, work: Path, built: Path) -> None:
+    headers = f"linux-headers-{version}"
+    needed = [each for each in depends(headers) if each.startswith(("linux-headers", "linux-kbuild"))]
+    tree = work / "headers"
+    unpack([headers, *needed], tree)
+    common = next(each for each in needed if each.endswith("-common"))
+    (tree / "usr/src" / headers / "Makefile").write_text(f"include {tree}/usr/src/{common}/Makefile\n")
+    folder = work / "module"
+    folder.mkdir(exist_ok=True)
+    for source in sources:
+        shutil.copy(source, folder)
+    sh("make", "-s", "-C", str(tree / "usr/src" / headers), f"M={folder}", "CC=gcc", "modules")
+    built.parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "service_levels.ko", built)
 
 
 def make_initramfs(work: Path, kernel: Path) -> Path:
