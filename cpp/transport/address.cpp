@@ -1,6 +1,7 @@
 // Parsing and resolving addresses.
 #include "transport/address.h"
 
+#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <sys/un.h>
@@ -53,15 +54,17 @@ void resolve_tcp(const std::string& rest, bool for_listening, Address* address) 
   address->this_host = is_this_host(address->socket);
 }
 
+// Of the file's name, in a folder that goes by a descriptor: /proc/self/fd/1234567890/name.
+constexpr std::size_t kMostNameBytes = 80;
+
 void resolve_shm(const std::string& path, Address* address) {
-  auto& unix_address = reinterpret_cast<sockaddr_un&>(address->socket);
   if (path.empty() || path.front() != '/') malformed(address->text, "the path must be absolute");
-  if (path.size() >= sizeof(unix_address.sun_path)) {
-    malformed(address->text, text("the path has ", path.size(), " bytes, at most ", sizeof(unix_address.sun_path) - 1));
+  const std::size_t name_bytes = path.size() - path.rfind('/') - 1;
+  if (name_bytes > kMostNameBytes) {
+    malformed(address->text, text("the file's name has ", name_bytes, " bytes, at most ", kMostNameBytes));
   }
-  unix_address.sun_family = AF_UNIX;
-  std::memcpy(unix_address.sun_path, path.c_str(), path.size() + 1);
-  address->socket_bytes = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size() + 1);
+  address->path = path;
+  address->socket.ss_family = AF_UNIX;
   address->this_host = true;
 }
 
@@ -98,6 +101,20 @@ Address resolve(const std::string& text, bool for_listening) {
     malformed(text, dualkv::text("unknown scheme '", scheme, "'"));
   }
   return address;
+}
+
+SocketName::SocketName(const Address& address) : socket_(address.socket), bytes_(address.socket_bytes) {
+  if (address.scheme != Scheme::kShm) return;
+  auto& unix_address = reinterpret_cast<sockaddr_un&>(socket_);
+  std::string path = address.path;
+  if (path.size() >= sizeof(unix_address.sun_path)) {
+    const std::size_t slash = path.rfind('/');
+    // A folder that is not there gives a path that is not there.
+    folder_ = Fd(open(path.substr(0, slash).c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+    path = text("/proc/self/fd/", folder_.get(), path.substr(slash));
+  }
+  std::memcpy(unix_address.sun_path, path.c_str(), path.size() + 1);
+  bytes_ = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size() + 1);
 }
 
 }  // namespace dualkv

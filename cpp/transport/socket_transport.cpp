@@ -4,7 +4,6 @@
 #include <netinet/tcp.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -134,19 +133,17 @@ Fd make_socket(const Address& address) {
 // A process that was killed leaves its socket file behind; nobody answers there any more.
 void remove_dead_socket(const Address& address) {
   const Fd probe = make_socket(address);
-  const auto* target = reinterpret_cast<const sockaddr*>(&address.socket);
-  if (::connect(probe.get(), target, address.socket_bytes) != 0 && errno == ECONNREFUSED) {
-    unlink(reinterpret_cast<const sockaddr_un&>(address.socket).sun_path);
-  }
+  const SocketName name(address);
+  if (::connect(probe.get(), name.get(), name.bytes()) != 0 && errno == ECONNREFUSED) unlink(address.path.c_str());
 }
 
 std::string SocketTransport::listen(const Address& address) {
   Fd fd = make_socket(address);
-  const auto* target = reinterpret_cast<const sockaddr*>(&address.socket);
+  const SocketName name(address);
   const int one = 1;
   if (over_tcp(scheme_)) setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
   if (scheme_ == Scheme::kShm) remove_dead_socket(address);
-  if (bind(fd.get(), target, address.socket_bytes) != 0 || ::listen(fd.get(), 128) != 0) {
+  if (bind(fd.get(), name.get(), name.bytes()) != 0 || ::listen(fd.get(), 128) != 0) {
     throw Error(Code::kIo, text("cannot listen on '", address.text, "'; is it taken, or the socket's folder missing?"),
                 errno);
   }
@@ -158,7 +155,7 @@ std::string SocketTransport::listen(const Address& address) {
     const int port = ntohs(reinterpret_cast<const sockaddr_in&>(bound).sin_port);  // same place for IPv6
     reachable = address.text.substr(0, address.text.rfind(':') + 1) + std::to_string(port);
   } else {
-    socket_paths_.push_back(reinterpret_cast<const sockaddr_un&>(address.socket).sun_path);
+    socket_paths_.push_back(address.path);
   }
   const int raw = fd.get();
   progress_.watch(raw, EPOLLIN, [this, raw](std::uint32_t) { accept_all(raw); });
@@ -248,8 +245,8 @@ void SocketTransport::dial_channel(const std::shared_ptr<Dial>& dial, ChannelRol
   Fd fd(socket(dial->address.socket.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!fd.valid()) return fail(errno);
   mark_lane(fd.get(), role);
-  const auto* target = reinterpret_cast<const sockaddr*>(&dial->address.socket);
-  if (::connect(fd.get(), target, dial->address.socket_bytes) != 0 && errno != EINPROGRESS) return fail(errno);
+  const SocketName name(dial->address);
+  if (::connect(fd.get(), name.get(), name.bytes()) != 0 && errno != EINPROGRESS) return fail(errno);
   begin(std::move(fd), hello(dial->session, role, index), dial);
 }
 

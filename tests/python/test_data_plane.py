@@ -132,16 +132,45 @@ def test_layers_per_read_beyond_the_model_is_an_error(make_node: MakeNode, tmp_p
 # --- shared memory
 
 
+def open_fds_of(name: str) -> int:
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += name in os.readlink(f"/proc/self/fd/{fd}")
+    return count
+
+
+def test_a_socket_may_lie_deeper_than_the_kernel_has_room_for(
+    make_node: MakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as dead:  # of a process that was killed
+        dead.bind("de.sock")
+    pair = Pair(make_node, "shm", deep)
+    assert pair.de.addresses == [f"shm://{deep}/de.sock"]
+    check_reads(pair.run("split"), lambda first, count: sum(LAYER_BYTES[first : first + count]))
+    assert open_fds_of(str(deep)) == 0
+    pair.pe.close()
+    pair.de.close()
+    assert list(deep.iterdir()) == []
+    error = error_of(lambda: make_node("n", listen=f"shm://{deep}/{'n' * 81}"))
+    assert error is not None
+    assert error.code == "invalid_argument"
+    assert "at most 80" in error.message
+    error = error_of(lambda: make_node("n", listen=f"shm://{deep}/missing/n.sock"))
+    assert error is not None
+    assert error.code == "io"
+    assert list(deep.iterdir()) == []
+
+
 def mappings(name: str = "memfd:dualkv") -> int:
     return Path("/proc/self/maps").read_text(encoding="utf-8").count(name)
 
 
 def shared_fds() -> int:
-    count = 0
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            count += "memfd:dualkv" in os.readlink(f"/proc/self/fd/{fd}")
-    return count
+    return open_fds_of("memfd:dualkv")
 
 
 @pytest.fixture

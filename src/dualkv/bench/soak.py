@@ -66,8 +66,11 @@ class SoakOptions:
 
     @property
     def owed_chains(self) -> int:
-        """The newest chains, that eviction by last use may not reach: half of what the quota holds."""
-        return self.quota // 2 // self.chain_bytes
+        """The newest chains, that eviction by last use may not reach: a third of what the quota holds.
+
+        Used later than one of them was saved: at most those saved after it, those owed with it, and a few old ones.
+        """
+        return self.quota // 3 // self.chain_bytes
 
     @property
     def fields(self) -> dict[str, CaseValue]:
@@ -94,7 +97,7 @@ class SoakOptions:
             raise invalid(f"--staging {self.staging}: must be at least {2 * self.chain_bytes}, twice a hit")
         if self.owed_chains < 2 or self.write_limit < 1 or self.write_limit * self.grace_s > self.quota / 2:
             raise invalid(
-                f"--quota {self.quota}: must be at least {4 * self.chain_bytes}, and twice what --write-limit "
+                f"--quota {self.quota}: must be at least {6 * self.chain_bytes}, and twice what --write-limit "
                 "writes in --grace-s"
             )
         machine.require_disk(self.path, 2 * self.quota)
