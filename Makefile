@@ -52,8 +52,10 @@ lint: $(VENV)/test.stamp
 	$(RUN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' ':!third_party')
 	$(RUN)/mypy
 
+# Tests that need root make networks of the machine's and measure them: by themselves.
 test-python: $(VENV)/test.stamp
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist worksteal -m "not root"
+	$(RUN)/python -m pytest -m root
 
 # One build for all environments.
 build/wheel/done: $(sources) | system-demo $(VENV)/bin/python

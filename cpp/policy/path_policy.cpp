@@ -68,6 +68,26 @@ Shares choose(std::vector<Side>& sides, double bytes, std::uint32_t max_sides, d
   return out;
 }
 
+// A side that is done in this part of the time until the engine needs the hit: that time is an estimate.
+constexpr double kEarly = 0.5;
+
+// Its staging has no room for what is queued and for all of the hit.
+bool lacks_room(const Side& side, std::size_t count) {
+  const NodeView& view = side.view();
+  return view.free_slots < count + view.read_queue_bytes / std::max<std::uint64_t>(view.block_bytes, 1);
+}
+
+// The side that has a hit early by itself, where staging is short; nullptr if there is none.
+const Side* early_alone(const PlanRequest& request, const std::vector<Side>& own) {
+  if (!request.prefill.compute_queue_s) return nullptr;
+  const std::size_t count = request.keys.size();
+  if (std::none_of(own.begin(), own.end(), [&](const Side& side) { return lacks_room(side, count); })) return nullptr;
+  const double bytes = hit_bytes(request);
+  const auto sooner = [&](const Side& a, const Side& b) { return a.seconds_for(bytes) < b.seconds_for(bytes); };
+  const Side& first = *std::min_element(own.begin(), own.end(), sooner);
+  return first.seconds_for(bytes) <= kEarly * *request.prefill.compute_queue_s ? &first : nullptr;
+}
+
 }  // namespace
 
 std::string_view to_string(Path path) {
@@ -146,6 +166,10 @@ Plan Split::plan(const PlanRequest& request) {
   const double least = helper_blocks_ * bytes / std::max(count, 1u);
   std::vector<Side> sides = sides_of(request);
   std::vector<Side> own(sides.begin(), sides.end() - static_cast<std::ptrdiff_t>(request.helpers.size()));
+  if (const Side* side = early_alone(request, own)) {
+    return whole(request, side->view(), side->path(),
+                 text("split: not at all; '", side->view().name, "' has it early by itself, and staging is short"));
+  }
   std::string reason = "split:";
   Shares chosen = choose(sides, bytes, max_sides_, least);
   if (sides.back().path() == Path::kHelper) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <span>
 #include <stdexcept>
@@ -250,6 +251,10 @@ NodeView Cluster::view(const Node& node) const {
   view.read_bandwidth = static_cast<std::uint64_t>(options_.hardware.snic);
   const SimHardware& hw = options_.hardware;
   view.link_bandwidth = static_cast<std::uint64_t>(hw.cnic * (1 - hw.high_share) * hw.engines_per_node);
+  constexpr double kMost = std::numeric_limits<std::uint32_t>::max();
+  const double free =
+      hw.staging > 0 ? std::max(0.0, hw.staging - node.staged) / tokens_to_bytes(view.tokens_per_block) : kMost;
+  view.free_slots = static_cast<std::uint32_t>(std::min(kMost, free));
   return view;
 }
 

@@ -120,7 +120,9 @@ class ShortestQueue : public PathPolicy {
 };
 
 // One request over all sides, so that they finish at the same instant given their queues, measured rates and links;
-// with helpers, over their storage NICs too. Beyond the paper, which leaves splitting to future work (6.1).
+// with helpers, over their storage NICs too. Beyond the paper, which leaves splitting to future work (6.1). A part that
+// is read waits in staging for the others: where prefill or decode node lacks staging for the whole hit, one that
+// either has in half the time until the engine needs it (NodeView::compute_queue_s) is read by that one.
 class Split : public PathPolicy {
  public:
   // At most `max_sides` read: those with the largest shares. Helpers with less than `helper_blocks` are left

@@ -13,7 +13,9 @@ took last unless another is sooner by ``margin`` of the request's own reading ti
 
 ``Split(*, max_sides=4, helper_blocks=4, helper_gain=0.1)``: shares that end at one instant, over at most ``max_sides``
 nodes. Helpers with fewer than ``helper_blocks`` blocks are left out, and all of them unless the hit is there sooner by
-``helper_gain`` of the time it takes without them; to be there before ``compute_queue_s`` is over is no gain.
+``helper_gain`` of the time it takes without them; to be there before ``compute_queue_s`` is over is no gain. Parts wait
+in staging for each other: where prefill or decode node has no free staging for the whole hit, and one of them has it in
+half of ``compute_queue_s``, that one reads it all.
 """
 
 from dualkv import _dualkv

@@ -20,6 +20,7 @@ NodeView node(const std::string& name, std::uint64_t queue_blocks = 0, std::uint
   v.tokens_per_block = 64;
   v.read_queue_bytes = queue_blocks * kBlock;
   v.read_bandwidth = bandwidth;
+  v.free_slots = 1000;
   return v;
 }
 
@@ -300,6 +301,29 @@ TEST(Policy, SplitAsksNoHelperForAHitThatIsEarlyAnyway) {
   EXPECT_EQ(run(policy, early), "p:pe_path:0+10 d:de_path:10+10 h:helper_path:20+10");
   early.prefill.compute_queue_s = 100;
   EXPECT_EQ(run(policy, early), "p:pe_path:0+15 d:de_path:15+15");
+}
+
+TEST(Policy, SplitLeavesAnEarlyHitToOneSideWhereStagingIsShort) {
+  Split policy(4, 0);
+  PlanRequest early = request(30, node("p", 10, kBlock), node("d", 0, kBlock));
+  // d alone is done after 30 s; p's staging has no room for the 10 blocks before it and these 30.
+  early.prefill.compute_queue_s = 60;
+  early.prefill.free_slots = 39;
+  EXPECT_EQ(run(policy, early), "d:de_path:0+30");
+  const std::string split = "p:pe_path:0+10 d:de_path:10+20";
+  early.prefill.free_slots = 40;
+  EXPECT_EQ(run(policy, early), split) << "staging has room";
+  early.decode->free_slots = 29;
+  EXPECT_EQ(run(policy, early), "d:de_path:0+30") << "decode's has not";
+  early.prefill.compute_queue_s = 59;
+  EXPECT_EQ(run(policy, early), split) << "in half the time";
+  early.prefill.compute_queue_s.reset();
+  EXPECT_EQ(run(policy, early), split) << "nobody said when";
+  early.prefill.compute_queue_s = 80;
+  early.decode.reset();
+  early.prefill.free_slots = 0;
+  early.helpers = {node("h", 0, kBlock)};
+  EXPECT_EQ(run(policy, early), "p:pe_path:0+30") << "helpers are not asked for it either";
 }
 
 // Blocks that a side has done by then.

@@ -37,9 +37,8 @@ needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is 
 
 
 def bench(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    program = "from dualkv.cli.main import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", program, "bench", *arguments],
+        [sys.executable, "-m", "dualkv", "bench", *arguments],
         capture_output=True,
         text=True,
         timeout=240,
@@ -124,10 +123,9 @@ def test_storage_removes_its_files_after_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_storage_removes_its_files_when_it_is_told_to_end(tmp_path: Path, number: int) -> None:
-    program = "from dualkv.cli.main import main; main()"
     arguments = ["storage", "--path", str(tmp_path), "--block-bytes", "64KiB", "--total", "16MiB", "--repeats", "1000"]
     with subprocess.Popen(
-        [sys.executable, "-c", program, "bench", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "dualkv", "bench", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
             assert eventually(lambda: any(tmp_path.rglob("*.kv")), LONG_S)

@@ -24,7 +24,7 @@ from dualkv.bench.results import BenchResult, Row, load
 
 KIB, MIB = 1 << 10, 1 << 20
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = [sys.executable, "-c", "from dualkv.cli.main import main; main()", "bench"]
+PROGRAM = [sys.executable, "-m", "dualkv", "bench"]
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 

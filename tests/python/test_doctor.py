@@ -32,7 +32,7 @@ from dualkv.doctor.fallbacks import check_fallbacks
 from dualkv.lanes import LANES
 
 HERE = Path(__file__).parent
-DUALKV = ("-c", "from dualkv.cli.main import main; main()")
+DUALKV = ("-m", "dualkv")
 NO_URING = (str(HERE / "seccomp_no_uring.py"),)
 NAMES = {
     *("versions", "torch", "CUDA packages", "io_uring build", "io_uring", "registered buffers", "file system"),
