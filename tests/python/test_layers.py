@@ -107,7 +107,7 @@ def test_python_imports_follow_the_layers() -> None:
     assert folders == set(PYTHON) - {""}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package).parts
-        layer = parts[0] if len(parts) > 1 else ""
+        layer = parts[0] if len(parts) > 1 else "cli" if path.name == "__main__.py" else ""
         for name in imports(path):
             words = name.split(".")
             if words[0] != "dualkv":
