@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -41,6 +43,32 @@ class Copier {
                     std::shared_ptr<void> keep, Done done) = 0;
   // When this returns the owner's copies read and write nothing any more; no `done` follows.
   virtual void withdraw(std::uint64_t owner) = 0;
+};
+
+// The planes of a Layer Block, without an allocation.
+class Extents {
+ public:
+  explicit Extents(std::span<const Extent> extents) : count_(extents.size()) {
+    std::copy(extents.begin(), extents.end(), all_.begin());
+  }
+  std::span<const Extent> span() const { return std::span(all_).first(count_); }
+  std::uint64_t bytes() const {
+    std::uint64_t sum = 0;
+    for (const Extent& extent : span()) sum += extent.bytes;
+    return sum;
+  }
+
+ private:
+  std::array<Extent, PagedKv::kMaxPlanes> all_{};
+  std::size_t count_;
+};
+
+// What a Copier was asked for, until it is done.
+struct CopyJob {
+  Extents from, to;
+  std::uint64_t owner = 0;
+  std::shared_ptr<void> keep;
+  Copier::Done done;
 };
 
 // The runs of at most `most` bytes that are in a row on both sides, in order: use(from, offset in it, to, offset in it,

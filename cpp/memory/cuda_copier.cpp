@@ -65,16 +65,7 @@ void CudaCopier::verify(std::span<const Extent> memory, std::uint64_t owner, std
 
 void CudaCopier::add(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
                      std::shared_ptr<void> keep, std::optional<std::uint64_t> checksum, Done done) {
-  Job& job = queue_.emplace_back();
-  job.owner = owner;
-  std::copy(from.begin(), from.end(), job.from.begin());
-  std::copy(to.begin(), to.end(), job.to.begin());
-  job.from_count = from.size();
-  job.to_count = to.size();
-  job.keep = std::move(keep);
-  job.checksum = checksum;
-  job.done = std::move(done);
-  for (const Extent& extent : to) job.bytes += extent.bytes;
+  queue_.push_back({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, checksum});
   flush_later();
 }
 
@@ -119,8 +110,8 @@ void CudaCopier::fill(Batch& batch) {
   std::size_t sums = 0;
   while (!queue_.empty() && bytes < kBatchBytes && sums < kSums && runs_.size() + 2 * PagedKv::kMaxPlanes <= kRuns) {
     Job& job = queue_.front();
-    append_runs(std::span(job.from).first(job.from_count), std::span(job.to).first(job.to_count), runs_);
-    bytes += job.bytes;
+    append_runs(job.from.span(), job.to.span(), runs_);
+    bytes += job.to.bytes();
     sums += job.checksum.has_value();
     batch.jobs.push_back(std::move(job));
     queue_.pop_front();
@@ -142,7 +133,7 @@ void CudaCopier::submit(const std::shared_ptr<Batch>& batch) {
     const auto sums = reinterpret_cast<ChecksumRuns*>(batch->sums.data());
     std::size_t count = 0;
     for (const Job& job : batch->jobs) {
-      if (job.checksum) sums[count++] = checksum_runs(std::span(job.to).first(job.to_count));
+      if (job.checksum) sums[count++] = checksum_runs(job.to.span());
     }
     if (count > 0) {
       device_->enqueue_checksums(stream_, std::span(sums, count),
@@ -182,7 +173,8 @@ void CudaCopier::on_batch(const std::shared_ptr<Batch>& batch) {
   std::vector<std::uint64_t> sums;
   for (const Job& job : jobs) {
     if (!job.checksum) continue;
-    sums.push_back(checksum_of_lanes(std::span<const std::uint64_t, kChecksumLanes>(lanes, kChecksumLanes), job.bytes));
+    sums.push_back(
+        checksum_of_lanes(std::span<const std::uint64_t, kChecksumLanes>(lanes, kChecksumLanes), job.to.bytes()));
     lanes += kChecksumLanes;
   }
   free_.push_back(batch);
@@ -197,7 +189,7 @@ void CudaCopier::on_batch(const std::shared_ptr<Batch>& batch) {
         status = {Code::kCorrupt, 0, text("GPU ", device_->ordinal(), ": what was copied there has another checksum")};
       }
     }
-    if (job.from_count > 0) stats_.bytes += job.bytes;
+    stats_.bytes += job.from.bytes();
     if (const Done done = std::exchange(job.done, nullptr)) done(status);
   }
   finishing_ = nullptr;

@@ -1,7 +1,6 @@
 // CudaCopier: copies between the host and one GPU, or within it, gathered into batches.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -45,14 +44,9 @@ class CudaCopier : public Copier {
   GpuCopyStats stats() const { return stats_; }
 
  private:
-  struct Job {
-    std::uint64_t owner = 0;
-    std::array<Extent, PagedKv::kMaxPlanes> from{}, to{};
-    std::size_t from_count = 0, to_count = 0;
-    std::shared_ptr<void> keep;
+  // `done` is null once it is withdrawn; nothing is copied from no extents.
+  struct Job : CopyJob {
     std::optional<std::uint64_t> checksum;
-    Done done;  // null once withdrawn
-    std::uint64_t bytes = 0;
   };
   // Held by the driver, too, while it is under way.
   struct Batch {

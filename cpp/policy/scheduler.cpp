@@ -41,6 +41,7 @@ struct Engine {
   std::uint64_t reported_free = 0;
   std::uint64_t seen = 0;
   std::uint64_t last_number = 0;
+  std::uint64_t born = 0;        // numbers up to this one were given before it joined: to an engine of its name, may be
   std::vector<Pending> pending;  // by number, all beyond `seen`
   std::vector<Request*> holds;
 
@@ -144,6 +145,7 @@ struct Scheduler::State {
   void fetch_prefill(Group& group, Fetched& out);
   void deal();
   void fetch_decode(Group& group, Fetched& out);
+  std::uint64_t next_number(Engine& engine);
   void assign(Request& request, Side Request::* side, Engine& engine, const Reason& reason, Fetched& out);
   void place(Request& request, Fetched& out);
   void erase(std::uint64_t id);
@@ -158,6 +160,7 @@ struct Scheduler::State {
   RequestQueue waiting_decode;  // have a prefill engine, and are not dealt to a group yet
   std::uint64_t submitted = 0;
   std::uint64_t stale = 0;
+  std::uint64_t highest = 0;  // number that any engine was given
   // Of one call, kept for their memory.
   std::vector<Engine*> reporting;
   std::vector<std::pair<std::uint64_t, Group*>> loads;
@@ -187,6 +190,7 @@ void Scheduler::join(const std::string& name, EngineRole role, const std::string
   engine.group = &home;
   engine.node = &s.nodes[node];
   engine.node_name = node;
+  engine.born = engine.last_number = s.highest;
   ++engine.node->engines;
   home.engines.push_back(&engine);
 }
@@ -265,10 +269,12 @@ Fetched Scheduler::fetch(const std::string& name, std::span<const EngineReport> 
     s.reporting.push_back(&engine);
   }
   for (std::size_t i = 0; i < reports.size(); ++i) {
-    if (reports[i].seen < s.reporting[i]->seen) {
+    Engine& engine = *s.reporting[i];
+    const bool earlier_life = reports[i].seen > 0 && reports[i].seen <= engine.born;
+    if (earlier_life || reports[i].seen < engine.seen) {
       ++s.stale;
     } else {
-      take_report(*s.reporting[i], reports[i]);
+      take_report(engine, reports[i]);
     }
   }
   Fetched out;
@@ -362,9 +368,14 @@ void Scheduler::State::fetch_decode(Group& group, Fetched& out) {
   }
 }
 
+std::uint64_t Scheduler::State::next_number(Engine& engine) {
+  highest = std::max(highest, ++engine.last_number);
+  return engine.last_number;
+}
+
 void Scheduler::State::assign(Request& request, Side Request::* side, Engine& engine, const Reason& reason,
                               Fetched& out) {
-  const std::uint64_t number = ++engine.last_number;
+  const std::uint64_t number = next_number(engine);
   add_pending(engine, {number, request.id, request.tokens, 0});
   request.*side = {&engine, engine.holds.size(), number};
   engine.holds.push_back(&request);
@@ -378,7 +389,7 @@ void Scheduler::State::place(Request& request, Fetched& out) {
   const Reason why{Reason::Kind::kReadQueues, prefill.node->queue(), decode.node->queue()};
   const Path read = why.second < why.first ? Path::kDecode : Path::kPrefill;
   Side& reader = read == Path::kDecode ? request.decode : request.prefill;
-  reader.number = ++reader.engine->last_number;
+  reader.number = next_number(*reader.engine);
   add_pending(*reader.engine, {reader.number, request.id, 0, request.hit_tokens});
   out.placements.push_back({request.id, prefill.name, decode.name, read, reader.number, why});
 }

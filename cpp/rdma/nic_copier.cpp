@@ -2,6 +2,7 @@
 #include "rdma/nic_copier.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "base/clock.h"
@@ -55,14 +56,7 @@ void NicCopier::connect_later() {
 
 void NicCopier::copy(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
                      std::shared_ptr<void> keep, Done done) {
-  Job job;
-  job.owner = owner;
-  std::copy(from.begin(), from.end(), job.from.begin());
-  std::copy(to.begin(), to.end(), job.to.begin());
-  job.from_count = from.size();
-  job.to_count = to.size();
-  job.keep = std::move(keep);
-  job.done = std::move(done);
+  Job job{{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, {}};
   if (enqueue(job)) {
     if (jobs_.empty()) progress_at_ = Clock::now();
     jobs_.push_back(std::move(job));
@@ -87,24 +81,25 @@ bool NicCopier::enqueue(Job& job) {
   };
   std::array<LocalExtent, PagedKv::kMaxPlanes> from;
   std::array<RemoteExtent, PagedKv::kMaxPlanes> to;
-  for (std::size_t i = 0; i < job.from_count; ++i) {
-    const RdmaRegistration* registration = registered(job.from[i]);
+  std::size_t read = 0, written = 0;
+  for (const Extent& extent : job.from.span()) {
+    const RdmaRegistration* registration = registered(extent);
     if (registration == nullptr) return false;
-    from[i] = {job.from[i].data, job.from[i].bytes, registration->local_key(0)};
+    from[read++] = {extent.data, extent.bytes, registration->local_key(0)};
   }
-  for (std::size_t i = 0; i < job.to_count; ++i) {
-    const RdmaRegistration* registration = registered(job.to[i]);
+  for (const Extent& extent : job.to.span()) {
+    const RdmaRegistration* registration = registered(extent);
     if (registration == nullptr) return false;
-    to[i] = {reinterpret_cast<std::uint64_t>(job.to[i].data), job.to[i].bytes, registration->remote_key(0)};
+    to[written++] = {reinterpret_cast<std::uint64_t>(extent.data), extent.bytes, registration->remote_key(0)};
   }
-  pending_.append(std::span(from).first(job.from_count), std::span(to).first(job.to_count));
+  pending_.append(std::span(from).first(read), std::span(to).first(written));
   job.last = pair_->work_requests() + pending_.writes().size() - posted_;
   return true;
 }
 
 void NicCopier::copy_by_cpu(const Job& job) {
-  dualkv::copy(std::span(job.from).first(job.from_count), std::span(job.to).first(job.to_count));
-  for (const Extent& extent : std::span(job.from).first(job.from_count)) stats_.bytes_by_cpu += extent.bytes;
+  dualkv::copy(job.from.span(), job.to.span());
+  stats_.bytes_by_cpu += job.from.bytes();
 }
 
 // Gathers what one turn of the loop asks for.
@@ -138,7 +133,7 @@ void NicCopier::on_room(QueuePair& pair) {
   while (!jobs_.empty() && jobs_.front().last <= left) {
     const Job job = std::move(jobs_.front());
     jobs_.pop_front();
-    for (const Extent& extent : std::span(job.from).first(job.from_count)) stats_.bytes_by_nic += extent.bytes;
+    stats_.bytes_by_nic += job.from.bytes();
     job.done({});
     if (pair_.get() != &pair) return;  // withdrawn meanwhile
   }

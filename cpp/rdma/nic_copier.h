@@ -1,7 +1,6 @@
 // NicCopier: copies within this node, made by its NIC: a loop-back write on the LOW lane.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -37,13 +36,8 @@ class NicCopier : public Copier, public QueuePair::Events {
   void on_failed(QueuePair& pair, const std::string& why) override;
 
  private:
-  struct Job {
-    std::uint64_t owner = 0;
-    std::array<Extent, PagedKv::kMaxPlanes> from{}, to{};
-    std::size_t from_count = 0, to_count = 0;
-    std::shared_ptr<void> keep;
+  struct Job : CopyJob {
     std::vector<std::shared_ptr<const RdmaRegistration>> held;
-    Done done;
     std::uint64_t last = 0;  // it is copied when so many requests have left the queue pair
   };
 

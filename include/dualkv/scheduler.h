@@ -31,7 +31,7 @@ struct EngineReport {
   std::uint64_t tokens = 0;             // of those (tok_e)
   std::uint64_t read_queue_tokens = 0;  // of its node (read_q)
   std::uint64_t free_tokens = 0;        // decode engines: tokens of KV that still fit its memory
-  std::uint64_t seen = 0;               // Assignment::number of the last one that these figures include
+  std::uint64_t seen = 0;               // Assignment::number of the last one that these figures include; 0 = none
 };
 
 // Why this engine, this reading side, this refusal. Made for every request, so only figures; the sentence when asked.
@@ -58,7 +58,7 @@ struct Reason {
 struct Assignment {
   std::uint64_t request = 0;
   std::string engine;
-  std::uint64_t number = 0;  // 1, 2, ... of this engine; EngineReport::seen
+  std::uint64_t number = 0;  // rises for each engine, also from one life under its name to the next; EngineReport::seen
   Reason reason;
 };
 
@@ -83,7 +83,7 @@ struct SchedulerStats {
   std::uint64_t waiting_prefill = 0;  // requests without a prefill engine
   std::uint64_t waiting_decode = 0;   // requests with a prefill engine and no decode engine
   std::uint64_t requests = 0;         // known: not finished, not cancelled
-  std::uint64_t reports_stale = 0;    // ignored: an earlier state than one known
+  std::uint64_t reports_stale = 0;    // ignored: an earlier state than one known, or of an earlier life
 };
 
 // Engines form groups of one role (say, those of a node); the group's leader fetches for all of them whenever it likes.

@@ -33,7 +33,7 @@ class Scheduler(_dualkv.Scheduler):
     ``fetch(group, reports)`` returns ``assignments`` (``request, engine, number, reason``), ``placements`` (``request,
     prefill, decode, read, number, reason``: both engines are known, and ``read`` says on which side storage is read)
     and ``refused`` (no engine of the group could ever hold them). An engine reports the largest ``number`` it has
-    taken in.
+    taken in, 0 if none since it joined; reports from before it left and joined again are ignored.
 
     Args:
         short_queue_tokens: alpha: tokens a node reads in 3 s. Engines of nodes with a longer read queue come later.

@@ -286,6 +286,31 @@ TEST(Scheduler, StaleReportsAreIgnoredAndImpossibleOnesRefused) {
   EXPECT_EQ(scheduler.fetch("P", std::vector{prefill("p", 0, 0, 1)}).assignments.size(), 1u);
 }
 
+TEST(Scheduler, ReportsOfAnEarlierLifeAreIgnored) {
+  Scheduler scheduler(options());
+  const auto join = [&] { scheduler.join("p", EngineRole::kPrefill, "P", "pn"); };
+  join();
+  for (int i = 1; i <= 3; ++i) scheduler.submit(i, 100, 0);
+  ASSERT_EQ(scheduler.fetch("P", {}).assignments.size(), 3u);
+  EXPECT_EQ(scheduler.leave("p").size(), 3u);
+  for (int i = 1; i <= 3; ++i) scheduler.finished(i);
+  join();
+  const EngineReport late = prefill("p", kBeta + 1, 0, 3);
+  scheduler.submit(4, 100, 0);
+  Fetched got = scheduler.fetch("P", std::vector{late});
+  EXPECT_EQ(scheduler.stats().reports_stale, 1u);
+  ASSERT_EQ(got.assignments.size(), 1u) << "the engine that is there now has nothing to do";
+  EXPECT_GT(got.assignments[0].number, 3u);
+  // Nor does it make the engine have seen what it has not, whatever it got since.
+  for (int i = 5; i <= 8; ++i) scheduler.submit(i, kBeta / 4, 0);
+  EXPECT_EQ(scheduler.fetch("P", std::vector{late}).assignments.size(), 4u);
+  scheduler.submit(9, 100, 0);
+  EXPECT_TRUE(scheduler.fetch("P", std::vector{late}).assignments.empty()) << "it is full of what it has not seen";
+  EXPECT_EQ(scheduler.stats().reports_stale, 3u);
+  EXPECT_EQ(scheduler.fetch("P", std::vector{prefill("p", 0, 0, got.assignments[0].number + 4)}).assignments.size(),
+            1u);
+}
+
 TEST(Scheduler, RefusesWhatMakesNoSense) {
   Scheduler scheduler(options());
   scheduler.join("p", EngineRole::kPrefill, "P", "n");
@@ -471,10 +496,15 @@ TEST_P(SchedulerHistory, LosesNothingAssignsNothingTwiceAndEndsWithNothing) {
   World w(GetParam());
   std::uint64_t next_request = 0, next_engine = 0;
   std::deque<std::pair<std::string, EngineReport>> late;
+  std::multimap<bool, std::pair<std::string, std::string>> left;  // engines and their groups, by whether they prefill
   const auto join = [&] {
     const bool pe = w.below(2) == 0;
-    const std::string name = (pe ? "p" : "d") + std::to_string(++next_engine);
-    const std::string group = (pe ? "P" : "D") + std::to_string(w.below(3));
+    std::string name = (pe ? "p" : "d") + std::to_string(++next_engine),
+                group = (pe ? "P" : "D") + std::to_string(w.below(3));
+    if (const auto back = left.find(pe); back != left.end() && w.below(2) == 0) {  // under the name it had
+      std::tie(name, group) = back->second;
+      left.erase(back);
+    }
     World::Side side{group, "n" + std::to_string(w.below(4)), {}, 0};
     w.scheduler.join(name, pe ? EngineRole::kPrefill : EngineRole::kDecode, group, side.node);
     w.sides[name] = side;
@@ -487,6 +517,7 @@ TEST_P(SchedulerHistory, LosesNothingAssignsNothingTwiceAndEndsWithNothing) {
       w.drop(id);
       prefilled.erase(id);
     }
+    left.emplace(name[0] == 'p', std::pair(name, w.sides[name].group));
     w.sides.erase(name);
   };
   const auto fetch = [&](const std::string& group) {
