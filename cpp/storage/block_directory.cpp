@@ -147,6 +147,10 @@ bool BlockDirectory::contains(const Key& key) const {
 
 bool BlockDirectory::forgotten(const Key& key) {
   const std::lock_guard lock(mutex_);
+  return forgotten_locked(key);
+}
+
+bool BlockDirectory::forgotten_locked(const Key& key) {
   const auto found = forgotten_.find(key);
   if (found == forgotten_.end()) return false;
   if (found->second > Clock::now()) return true;
@@ -164,8 +168,12 @@ std::size_t BlockDirectory::match(std::span<const Key> keys) {
       missing = probe;
     }
   }
+  const auto now = Clock::now();
   for (std::size_t i = 0; i < known; ++i) {
-    if (forgotten(keys[i])) return i;
+    const std::lock_guard lock(mutex_);
+    if (forgotten_locked(keys[i])) return i;  // or evicted since the search
+    bound(used_);
+    used_[keys[i]] = now;
   }
   return known;
 }
@@ -182,14 +190,14 @@ bool BlockDirectory::quarantine(const Key& key) {
   return renameat(directory_.get(), path.c_str(), directory_.get(), aside.c_str()) == 0;
 }
 
-void BlockDirectory::touch(std::span<const Key> keys) {
+void BlockDirectory::mark(std::span<const Key> keys) {
   const auto now = Clock::now();
   const auto again = to_duration(grace_s_ / 4);
   for (const Key& key : keys) {
     {
       const std::lock_guard lock(mutex_);
-      bound(touched_);
-      const auto [found, fresh] = touched_.try_emplace(key, now);
+      bound(marked_);
+      const auto [found, fresh] = marked_.try_emplace(key, now);
       if (!fresh && found->second + again > now) continue;
       found->second = now;
     }
@@ -201,9 +209,13 @@ void BlockDirectory::forget(const Key& key) { forget_until(key, Clock::now() + t
 
 void BlockDirectory::forget_until(const Key& key, Clock::time_point when) {
   const std::lock_guard lock(mutex_);
+  forget_locked(key, when);
+}
+
+void BlockDirectory::forget_locked(const Key& key, Clock::time_point until) {
   bound(forgotten_);
-  Clock::time_point& until = forgotten_[key];
-  until = std::max(until, when);
+  Clock::time_point& when = forgotten_[key];
+  when = std::max(when, until);
 }
 
 void BlockDirectory::learn(const Key& key) {
@@ -255,14 +267,18 @@ std::vector<BlockDirectory::File> BlockDirectory::scan() const {
   return files;
 }
 
-bool BlockDirectory::in_use(const File& file) const {
+bool BlockDirectory::claim(const File& file) {
   timespec now;
   clock_gettime(CLOCK_REALTIME, &now);
   const double age = static_cast<double>(now.tv_sec - file.last_use.tv_sec) +
                      static_cast<double>(now.tv_nsec - file.last_use.tv_nsec) * 1e-9;
-  if (age < grace_s_) return true;
+  if (age < grace_s_) return false;
   const std::lock_guard lock(mutex_);
-  return pins_.contains(file.key);
+  if (pins_.contains(file.key)) return false;
+  const auto used = used_.find(file.key);
+  if (used != used_.end() && used->second + to_duration(grace_s_) > Clock::now()) return false;
+  forget_locked(file.key, Clock::time_point::max());
+  return true;
 }
 
 std::optional<std::uint64_t> BlockDirectory::collect(std::uint64_t quota_bytes) {
@@ -331,7 +347,7 @@ std::uint64_t BlockDirectory::evict(std::vector<File> files, std::uint64_t quota
     // Another node may have used it since the scan.
     struct stat now;
     if (fstatat(directory_.get(), block_path(file.key).c_str(), &now, 0) == 0) file.last_use = now.st_mtim;
-    if (in_use(file)) continue;
+    if (!claim(file)) continue;
     evicted += remove(file.key);  // false: gone already, which frees it just as well
     total -= file.bytes;
     const auto parent = index.find(file.parent);

@@ -31,12 +31,13 @@ class BlockDirectory {
   bool contains(const Key& key) const;
   // Stored, and not known to be bad: a save may skip it.
   bool good(const Key& key) { return contains(key) && !forgotten(key); }
+  // Blocks of the hit, which are used from now on: this process evicts none of them within the grace.
   std::size_t match(std::span<const Key> keys);
   bool remove(const Key& key);
   bool quarantine(const Key& key);
 
-  // Marks as used now; skips what was marked less than a quarter of the grace ago.
-  void touch(std::span<const Key> keys);
+  // Tells other processes of the use, on disk; skips what was marked less than a quarter of the grace ago.
+  void mark(std::span<const Key> keys);
   // A failed block is not advertised for forget_s, or until it is saved again.
   void forget(const Key& key);
   void learn(const Key& key);
@@ -59,18 +60,22 @@ class BlockDirectory {
   std::vector<File> scan() const;
   void remove_stale(const std::string& folder, const std::string& suffix, std::int64_t age_s) const;
   std::uint64_t evict(std::vector<File> files, std::uint64_t quota_bytes);
-  bool in_use(const File& file) const;
+  // False if it is in use; else no match finds it any more.
+  bool claim(const File& file);
   bool forgotten(const Key& key);
   void forget_until(const Key& key, Clock::time_point when);
+  // With mutex_ held.
+  bool forgotten_locked(const Key& key);
+  void forget_locked(const Key& key, Clock::time_point until);
 
   const KvGeometry geometry_;
   const double grace_s_;
   const double forget_s_;
   std::string path_;
   Fd directory_;
-  mutable std::mutex mutex_;
+  std::mutex mutex_;  // guards what follows
   std::unordered_map<Key, Clock::time_point, KeyHash> forgotten_;
-  std::unordered_map<Key, Clock::time_point, KeyHash> touched_;
+  std::unordered_map<Key, Clock::time_point, KeyHash> used_, marked_;  // when last, here and on disk
   std::unordered_map<Key, int, KeyHash> pins_;
 };
 

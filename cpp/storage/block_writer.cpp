@@ -86,22 +86,19 @@ SaveCounters BlockWriter::counters() const {
 void BlockWriter::work() {
   for (;;) {
     SaveJob job;
-    std::vector<Key> keys;
+    std::deque<std::vector<Key>> touches;
     {
       std::unique_lock lock(mutex_);
       wanted_.wait(lock, [this] { return stopping_ || !jobs_.empty() || !touches_.empty(); });
+      if (jobs_.empty() && touches_.empty()) return;
+      touches.swap(touches_);
       if (!jobs_.empty()) {
         job = std::move(jobs_.front());
         jobs_.pop_front();
         room_.notify_one();
-      } else if (!touches_.empty()) {
-        keys = std::move(touches_.front());
-        touches_.pop_front();
-      } else {
-        return;
       }
     }
-    directory_.touch(keys);
+    for (const std::vector<Key>& keys : touches) directory_.mark(keys);
     if (job.call) save(std::move(job));
   }
 }
