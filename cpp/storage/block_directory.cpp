@@ -172,8 +172,8 @@ std::size_t BlockDirectory::match(std::span<const Key> keys) {
   for (std::size_t i = 0; i < known; ++i) {
     const std::lock_guard lock(mutex_);
     if (forgotten_locked(keys[i])) return i;  // or evicted since the search
-    bound(used_);
-    used_[keys[i]] = now;
+    bound(uses_);
+    uses_[keys[i]].last = now;
   }
   return known;
 }
@@ -196,10 +196,10 @@ void BlockDirectory::mark(std::span<const Key> keys) {
   for (const Key& key : keys) {
     {
       const std::lock_guard lock(mutex_);
-      bound(marked_);
-      const auto [found, fresh] = marked_.try_emplace(key, now);
-      if (!fresh && found->second + again > now) continue;
-      found->second = now;
+      bound(uses_);
+      Use& use = uses_[key];
+      if (use.marked + again > now) continue;
+      use.marked = now;
     }
     utimensat(directory_.get(), block_path(key).c_str(), nullptr, 0);
   }
@@ -275,8 +275,8 @@ bool BlockDirectory::claim(const File& file) {
   if (age < grace_s_) return false;
   const std::lock_guard lock(mutex_);
   if (pins_.contains(file.key)) return false;
-  const auto used = used_.find(file.key);
-  if (used != used_.end() && used->second + to_duration(grace_s_) > Clock::now()) return false;
+  const auto use = uses_.find(file.key);
+  if (use != uses_.end() && use->second.last + to_duration(grace_s_) > Clock::now()) return false;
   forget_locked(file.key, Clock::time_point::max());
   return true;
 }

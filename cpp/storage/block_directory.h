@@ -56,6 +56,10 @@ class BlockDirectory {
     std::uint64_t bytes;
     timespec last_use;
   };
+  struct Use {
+    // The last of this process, and of those on disk.
+    Clock::time_point last = Clock::time_point::min(), marked = Clock::time_point::min();
+  };
   void check_geometry_file() const;
   std::vector<File> scan() const;
   void remove_stale(const std::string& folder, const std::string& suffix, std::int64_t age_s) const;
@@ -75,7 +79,7 @@ class BlockDirectory {
   Fd directory_;
   std::mutex mutex_;  // guards what follows
   std::unordered_map<Key, Clock::time_point, KeyHash> forgotten_;
-  std::unordered_map<Key, Clock::time_point, KeyHash> used_, marked_;  // when last, here and on disk
+  std::unordered_map<Key, Use, KeyHash> uses_;
   std::unordered_map<Key, int, KeyHash> pins_;
 };
 
