@@ -181,7 +181,10 @@ void Progress::loop() {
     {
       const std::lock_guard lock(mutex_);
       more = !posted_.empty();
-      if (stopping_ && !more) return;
+      if (stopping_ && !more) {
+        id_ = std::thread::id();  // the next thread of the process may be given the same one
+        return;
+      }
     }
     const int most = events.size();
     const int count = more ? epoll_wait(epoll_.get(), events.data(), most, 0) : wait(events.data(), most);
