@@ -68,6 +68,12 @@ Shares choose(std::vector<Side>& sides, double bytes, std::uint32_t max_sides, d
   return out;
 }
 
+// The side that is done first with so many bytes.
+const Side* soonest(const std::vector<Side>& sides, double bytes) {
+  return &*std::min_element(sides.begin(), sides.end(),
+                            [&](const Side& a, const Side& b) { return a.seconds_for(bytes) < b.seconds_for(bytes); });
+}
+
 // A side that is done in this part of the time until the engine needs the hit: that time is an estimate.
 constexpr double kEarly = 0.5;
 
@@ -83,9 +89,8 @@ const Side* early_alone(const PlanRequest& request, const std::vector<Side>& own
   const std::size_t count = request.keys.size();
   if (std::none_of(own.begin(), own.end(), [&](const Side& side) { return lacks_room(side, count); })) return nullptr;
   const double bytes = hit_bytes(request);
-  const auto sooner = [&](const Side& a, const Side& b) { return a.seconds_for(bytes) < b.seconds_for(bytes); };
-  const Side& first = *std::min_element(own.begin(), own.end(), sooner);
-  return first.seconds_for(bytes) <= kEarly * *request.prefill.compute_queue_s ? &first : nullptr;
+  const Side* first = soonest(own, bytes);
+  return first->seconds_for(bytes) <= kEarly * *request.prefill.compute_queue_s ? first : nullptr;
 }
 
 }  // namespace
@@ -136,12 +141,11 @@ ShortestQueue::ShortestQueue(double margin) : margin_(margin) {
 Plan ShortestQueue::plan(const PlanRequest& request) {
   const std::vector<Side> sides = sides_of(request);
   const double bytes = hit_bytes(request);
-  const auto sooner = [&](const Side& a, const Side& b) { return a.seconds_for(bytes) < b.seconds_for(bytes); };
-  auto best = std::min_element(sides.begin(), sides.end(), sooner);
+  const Side* best = soonest(sides, bytes);
   const auto last = std::find_if(sides.begin(), sides.end(), [&](const Side& s) { return s.view().name == last_; });
   if (last != sides.end()) {
     const double gain = last->seconds_for(bytes) - best->seconds_for(bytes);
-    if (gain < margin_ * bytes / last->read_rate()) best = last;
+    if (gain < margin_ * bytes / last->read_rate()) best = &*last;
   }
   last_ = best->view().name;
   std::string reason = text("shortest_queue: '", last_, "'; queues:");
