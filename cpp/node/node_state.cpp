@@ -554,14 +554,8 @@ void NodeState::check_silence() {
 }
 
 void NodeState::check_pulse(const NodeView& view) {
-  Pulse& pulse = pulses_[view.name];
-  const auto now = Clock::now();
-  if (view.reads_done != pulse.reads_done || view.read_queue_bytes == 0) {
-    pulse = {view.reads_done, now, false};
-  } else if (!pulse.reported && now - pulse.changed > seconds(options_.stall_s)) {
-    pulse.reported = true;
-    for_each_task([&](NodeTask& task) { task.on_stalled(view.name); });
-  }
+  if (!pulses_[view.name].stalled(view, Clock::now(), seconds(options_.heartbeat_s), seconds(options_.stall_s))) return;
+  for_each_task([&](NodeTask& task) { task.on_stalled(view.name); });
 }
 
 NodeStats NodeState::stats() const {

@@ -16,6 +16,7 @@
 #include "node/device_port.h"
 #include "node/layer_sender.h"
 #include "node/messages.h"
+#include "node/pulse.h"
 #include "rdma/nic_copier.h"
 #include "storage/store_state.h"
 #include "transport/grants.h"
@@ -123,12 +124,6 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
     std::string peer;
     double pause_s = 0;
     bool running = false;
-  };
-  // Whether a node's storage stands still: reads wait and none was finished.
-  struct Pulse {
-    std::uint64_t reads_done = 0;
-    Clock::time_point changed{};
-    bool reported = false;
   };
 
   Transport& transport(Scheme scheme);

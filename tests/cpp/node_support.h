@@ -37,7 +37,6 @@ class NodeTestBase {
     options.store.in_use_grace_s = 0;
     options.staging.bytes = geometry_.file_bytes() * 64;
     options.loopback = hub_;
-    options.stall_s = 0.3;
     options.gpu = gpu_;
     if (scheme_ == "tcp") options.listen = {"tcp://127.0.0.1:0"};
     if (scheme_ == "shm") options.listen = {"shm://" + root_.path() + "/" + name + ".sock"};

@@ -159,9 +159,10 @@ TEST_P(NodeTest, StorageErrorsOfOneSideAreTakenOverByTheOther) {
 }
 
 TEST_P(NodeTest, StorageThatNeverAnswersIsTakenOver) {
-  auto de = options("de");
+  auto pe = options("pe"), de = options("de");
+  pe.stall_s = 0.3;
   de.store.faults.drop_rate = 1;
-  start(options("pe"), de);
+  start(pe, de);
   DecodeOnly policy;
   TestCache cache(geometry_, kBlocks, device_);
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 10});
