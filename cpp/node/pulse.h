@@ -13,8 +13,8 @@ namespace dualkv {
 // thread that did not run for a while can't tell whether reads ended meanwhile.
 class Pulse {
  public:
-  // Whether `view`, as it is at `now`, makes the storage one that stood still for longer than `limit`. Says so once, and
-  // again only after a read ended or none waited.
+  // Whether `view`, as it is at `now`, makes the storage one that stood still for longer than `limit`. Says so once,
+  // and again only after a read ended or none waited.
   bool stalled(const NodeView& view, Clock::time_point now, Clock::duration heartbeat, Clock::duration limit) {
     const bool still = waiting_ && view.read_queue_bytes > 0 && view.reads_done == reads_done_;
     still_for_ = still ? still_for_ + std::min(now - looked_, heartbeat) : Clock::duration::zero();
