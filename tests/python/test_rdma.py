@@ -149,7 +149,7 @@ def test_an_unknown_device_is_an_error_that_leaves_nothing(make_node: MakeNode) 
 @pytest.mark.torch
 @pytest.mark.parametrize("model", ["gqa", "mla"])
 def test_the_demo_is_exact_over_rdma(tmp_path: Path, model: str) -> None:
-    small = ["--agents", "1", "--turns", "2", "--scale", "256", "--snic-limit", "400MB/s", "--staging", "256MiB"]
+    small = ["--agents", "1", "--turns", "2", "--scale", "512", "--snic-limit", "400MB/s", "--staging", "256MiB"]
     command = ["demo", *small, "--work-dir", str(tmp_path), "--json", "--transport", "rdma", "--model", model]
     result = CliRunner().invoke(cli, [*command, "--modes", "split"])
     assert result.exit_code == 0, result.output
