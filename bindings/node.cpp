@@ -108,6 +108,7 @@ py::dict to_dict(const GpuStats& s) {
   out["to_gpu"] = to_dict(s.to_gpu);
   out["from_gpu"] = to_dict(s.from_gpu);
   out["within"] = to_dict(s.within);
+  out["from_gpus"] = to_dict(s.from_gpus);
   out["bounce_bytes"] = s.bounce_bytes;
   out["gds_slots_bytes"] = s.gds_slots_bytes;
   out["gds_bytes"] = s.gds_bytes;

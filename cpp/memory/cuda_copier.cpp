@@ -28,12 +28,13 @@ CudaCopier::Batch::Batch(const std::shared_ptr<CudaDevice>& device, std::shared_
       lanes(device, kSums * kChecksumLanes * sizeof(std::uint64_t), device->numa_node()) {}
 
 CudaCopier::CudaCopier(std::shared_ptr<Progress> progress, std::shared_ptr<CudaDevice> device, HostSide host,
-                       GpuCopy engine, std::function<void(const std::string&)> note)
+                       GpuCopy engine, std::function<void(const std::string&)> note, std::shared_ptr<CudaDevice> other)
     : progress_(std::move(progress)),
       device_(std::move(device)),
       host_(host),
       engine_(engine),
       note_(std::move(note)),
+      other_(std::move(other)),
       stream_(device_->new_stream(/*low_priority=*/true)) {
   for (std::size_t i = 0; i < kUnderWay; ++i) free_.push_back(std::make_shared<Batch>(device_, progress_));
 }
@@ -119,17 +120,24 @@ void CudaCopier::fill(Batch& batch) {
   std::copy(runs_.begin(), runs_.end(), reinterpret_cast<CopyRun*>(batch.list.data()));
 }
 
+void CudaCopier::enqueue(std::span<const CopyRun> runs) {
+  GpuCopy engine = GpuCopy::kMemcpy;
+  if (other_) {
+    device_->enqueue_from(*other_, stream_, runs);
+  } else {
+    engine = device_->enqueue(stream_, runs, host_, engine_);
+    if (engine_ != GpuCopy::kAuto && engine != engine_) note_("gpu_copy_engine");
+  }
+  ++stats_.batches[static_cast<std::size_t>(engine)];
+  stats_.runs += runs.size();
+}
+
 void CudaCopier::submit(const std::shared_ptr<Batch>& batch) {
   under_way_.push_back(batch);
   try {
     const CudaDevice::Current current(*device_);
     const std::span runs(reinterpret_cast<const CopyRun*>(batch->list.data()), runs_.size());
-    if (!runs.empty()) {
-      const GpuCopy engine = device_->enqueue(stream_, runs, host_, engine_);
-      if (engine_ != GpuCopy::kAuto && engine != engine_) note_("gpu_copy_engine");
-      ++stats_.batches[static_cast<std::size_t>(engine)];
-      stats_.runs += runs.size();
-    }
+    if (!runs.empty()) enqueue(runs);
     const auto sums = reinterpret_cast<ChecksumRuns*>(batch->sums.data());
     std::size_t count = 0;
     for (const Job& job : batch->jobs) {

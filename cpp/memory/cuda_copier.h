@@ -1,4 +1,4 @@
-// CudaCopier: copies between the host and one GPU, or within it, gathered into batches.
+// CudaCopier: copies between the host and one GPU, within it, or to it from another, gathered into batches.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +20,10 @@ namespace dualkv {
 // driver calls back when a batch is done; nothing polls, but for a slow watch of devices that have failed.
 class CudaCopier : public Copier {
  public:
-  // `note` counts fallbacks. Throws Error. Any thread.
+  // `note` counts fallbacks. `other`: whose memory it copies from; null with HostSide::kNone: the device's own. Throws
+  // Error. Any thread.
   CudaCopier(std::shared_ptr<Progress> progress, std::shared_ptr<CudaDevice> device, HostSide host, GpuCopy engine,
-             std::function<void(const std::string&)> note);
+             std::function<void(const std::string&)> note, std::shared_ptr<CudaDevice> other = nullptr);
   ~CudaCopier() override;
 
   void copy(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner, std::shared_ptr<void> keep,
@@ -68,6 +69,7 @@ class CudaCopier : public Copier {
   std::shared_ptr<Batch> take_batch();
   void fill(Batch& batch);
   void submit(const std::shared_ptr<Batch>& batch);
+  void enqueue(std::span<const CopyRun> runs);
   static void on_driver_done(void* batch);
   void on_batch(const std::shared_ptr<Batch>& batch);
   void finish(std::vector<Job>& jobs, const Status& why);
@@ -82,6 +84,7 @@ class CudaCopier : public Copier {
   const HostSide host_;
   const GpuCopy engine_;
   const std::function<void(const std::string&)> note_;
+  const std::shared_ptr<CudaDevice> other_;
   cuda::Stream stream_ = nullptr;
   std::deque<Job> queue_;
   std::vector<std::shared_ptr<Batch>> free_;

@@ -258,6 +258,22 @@ GpuCopy CudaDevice::enqueue(cuda::Stream stream, std::span<const CopyRun> runs, 
   return engine;
 }
 
+bool CudaDevice::reach(const CudaDevice& other) const {
+  int can = 0;
+  cuda_check(driver_.device_can_access_peer(&can, device_, other.device_), "asking about a GPU's peer");
+  if (can == 0) return false;
+  const Current current(*this);
+  const cuda::Result result = driver_.ctx_enable_peer_access(other.context_, 0);
+  return result == cuda::kSuccess || result == cuda::kPeerAccessHad;
+}
+
+void CudaDevice::enqueue_from(const CudaDevice& other, cuda::Stream stream, std::span<const CopyRun> runs) const {
+  for (const CopyRun& run : runs) {
+    cuda_check(driver_.memcpy_peer_async(run.to, context_, run.from, other.context_, run.bytes, stream),
+               "a copy between GPUs (cuMemcpyPeerAsync)");
+  }
+}
+
 void CudaDevice::copy_by_kernel(cuda::Stream stream, std::span<const CopyRun> runs) const {
   std::uint64_t longest = 0;
   for (const CopyRun& run : runs) longest = std::max(longest, run.bytes);

@@ -76,6 +76,13 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   // can't be had is replaced. Throws Error(kIo), with some of the copies under way perhaps. The context must be
   // current.
   GpuCopy enqueue(cuda::Stream stream, std::span<const CopyRun> runs, HostSide host, GpuCopy engine) const;
+  // Lets copies here read the other's memory with nothing between the two. False if the driver takes them by the host's
+  // memory. Throws Error(kIo).
+  bool reach(const CudaDevice& other) const;
+  // Queues copies from the other's memory on a stream of this device: each a cuMemcpyPeerAsync, which alone is right
+  // for all kinds of memory, whether or not one device sees the other's. Throws as enqueue(). The context must be
+  // current.
+  void enqueue_from(const CudaDevice& other, cuda::Stream stream, std::span<const CopyRun> runs) const;
   // Blocks until the runs, of any host memory, are copied. Throws Error(kIo).
   void copy_now(std::span<const CopyRun> runs, HostSide host);
   // Queues the sums of Layer Blocks, of which can_sum() says yes: eight lanes each to `lanes`; both pinned.

@@ -44,7 +44,8 @@ DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std:
       flags_(flags_of(device_, node.geometry().layers())) {}
 
 GpuStats DevicePort::stats() const {
-  GpuStats stats{device_->ordinal(), device_->name(), to_gpu_.stats(), from_gpu_.stats(), within_.stats()};
+  GpuStats stats{device_->ordinal(), device_->name(), to_gpu_.stats(), from_gpu_.stats(), within_.stats(), {}};
+  for (const auto& [ordinal, copier] : from_gpus_) stats.from_gpus += copier->stats();
   stats.bounce_bytes = landing_.memory().size() + departing_.memory().size();
   if (gds_) stats.gds_slots_bytes = gds_->bytes();
   stats.gds_bytes = gds_bytes_;

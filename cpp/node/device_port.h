@@ -41,6 +41,12 @@ class DevicePort {
   CudaCopier& to_gpu() { return to_gpu_; }
   CudaCopier& from_gpu() { return from_gpu_; }
   CudaCopier& within() { return within_; }
+  // From another GPU's memory; null until there is one.
+  CudaCopier* from_gpu(int ordinal) const {
+    const auto found = from_gpus_.find(ordinal);
+    return found == from_gpus_.end() ? nullptr : found->second.get();
+  }
+  void add_from_gpu(int ordinal, std::unique_ptr<CudaCopier> copier) { from_gpus_[ordinal] = std::move(copier); }
   bool verify() const { return verify_; }
   GpuStaging* gds() { return gds_.get(); }
   void add_gds_bytes(std::uint64_t bytes) { gds_bytes_ += bytes; }
@@ -68,6 +74,7 @@ class DevicePort {
   const std::unique_ptr<NicSlots> nic_;
   std::uint64_t nic_bytes_ = 0;
   CudaCopier to_gpu_, from_gpu_, within_;
+  std::map<int, std::unique_ptr<CudaCopier>> from_gpus_;  // others, by ordinal
   BouncePool landing_, departing_;
   const std::shared_ptr<BouncePool> flags_;
 };

@@ -225,8 +225,7 @@ Operation Peer::send_layers(SendRequest request) const {
 
 Operation Node::copy(CopyRequest request) {
   if (!request.from || !request.to) throw Error(Code::kInvalidArgument, "copy: no KV cache given");
-  state_->prepare(*request.from);
-  state_->prepare(*request.to);
+  state_->prepare(*request.from, *request.to);
   const auto task = run(*state_, [&] { return CopyTask::begin(*state_, std::move(request)); });
   Operation operation = task->operation();
   operation.attach(guard(task, [](CopyTask& copy) { copy.end(kDropped); }));

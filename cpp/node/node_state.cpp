@@ -237,6 +237,24 @@ void NodeState::prepare(const PagedKv& cache) {
   });
 }
 
+void NodeState::prepare(const PagedKv& from, const PagedKv& to) {
+  prepare(from);
+  prepare(to);
+  if (from.on_host() || to.on_host() || from.device() == to.device()) return;
+  const std::lock_guard lock(preparing_);
+  if (closed()) throw Error(kClosing);
+  bool known = false;
+  progress_->run([&] { known = port(to)->from_gpu(from.device()) != nullptr; });
+  if (known) return;
+  const auto device = CudaDevice::open(to.device()), other = CudaDevice::open(from.device());
+  if (!device->reach(*other)) {
+    fallbacks_.count("gpu_copy_staged",
+                     text("GPU ", device->ordinal(), " does not see the memory of GPU ", other->ordinal()));
+  }
+  auto copier = std::make_unique<CudaCopier>(progress_, device, HostSide::kNone, options_.gpu.copy, counter(), other);
+  progress_->run([&] { port(to)->add_from_gpu(from.device(), std::move(copier)); });
+}
+
 void NodeState::check_verifiable(const PagedKv& cache, const CudaDevice& device) {
   for (std::uint32_t layer = 0; layer < cache.layers(); ++layer) {
     std::array<Extent, PagedKv::kMaxPlanes> planes;

@@ -68,6 +68,8 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   NicCopier* copier() { return copier_.get(); }
   // Before transfers of this cache: see Node::prepare. Any thread but the progress thread.
   void prepare(const PagedKv& cache);
+  // Of both, and for copies from one to the other.
+  void prepare(const PagedKv& from, const PagedKv& to);
   // Of a cache that was prepared; null for host memory. Progress thread.
   DevicePort* port(const PagedKv& cache) { return cache.on_host() ? nullptr : ports_.at(cache.device()).get(); }
   // No task may begin any more. Progress thread.

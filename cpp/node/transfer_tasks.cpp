@@ -227,9 +227,7 @@ CopyTask::CopyTask(NodeState& node, CopyRequest request)
 Copier* CopyTask::choose_copier() const {
   const PagedKv &from = *request_.from, &to = *request_.to;
   if (!from.on_host() && !to.on_host()) {
-    if (from.device() == to.device()) return &node_.port(to)->within();
-    throw Error(Code::kUnsupported, text("copy: from GPU ", from.device(), " to GPU ", to.device(),
-                                         ": between GPUs the engine's own copies are the way"));
+    return from.device() == to.device() ? &node_.port(to)->within() : node_.port(to)->from_gpu(from.device());
   }
   if (!to.on_host()) return &node_.port(to)->to_gpu();
   if (!from.on_host()) return &node_.port(from)->from_gpu();

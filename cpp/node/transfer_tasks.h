@@ -97,7 +97,7 @@ class CopyTask : public NodeTask, public std::enable_shared_from_this<CopyTask> 
 
  private:
   CopyTask(NodeState& node, CopyRequest request);
-  // Null: the CPU. Throws Error for copies that nothing makes.
+  // Null: the CPU.
   Copier* choose_copier() const;
   void step_later();
   void step();

@@ -26,8 +26,10 @@ Loaded<Driver> load() {
   shared.find(d.device_get_name, "cuDeviceGetName");
   shared.find(d.device_get_attribute, "cuDeviceGetAttribute");
   shared.find(d.device_primary_ctx_retain, "cuDevicePrimaryCtxRetain");
+  shared.find(d.device_can_access_peer, "cuDeviceCanAccessPeer");
   shared.find(d.ctx_push_current, "cuCtxPushCurrent_v2");
   shared.find(d.ctx_pop_current, "cuCtxPopCurrent_v2");
+  shared.find(d.ctx_enable_peer_access, "cuCtxEnablePeerAccess");
   shared.find(d.ctx_get_stream_priority_range, "cuCtxGetStreamPriorityRange");
   shared.find(d.stream_create_with_priority, "cuStreamCreateWithPriority");
   shared.find(d.stream_destroy, "cuStreamDestroy_v2");
@@ -43,6 +45,7 @@ Loaded<Driver> load() {
   shared.find(d.mem_alloc, "cuMemAlloc_v2");
   shared.find(d.mem_free, "cuMemFree_v2");
   shared.find(d.memcpy_async, "cuMemcpyAsync");
+  shared.find(d.memcpy_peer_async, "cuMemcpyPeerAsync");
   shared.find(d.flush_gpu_direct_rdma_writes, "cuFlushGPUDirectRDMAWrites");
   shared.find(d.mem_get_handle_for_address_range, "cuMemGetHandleForAddressRange");
   shared.find(d.pointer_get_attribute, "cuPointerGetAttribute");

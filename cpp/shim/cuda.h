@@ -19,6 +19,7 @@ using HostFunction = void (*)(void*);
 
 inline constexpr Result kSuccess = 0;
 inline constexpr Result kNotReady = 600;
+inline constexpr Result kPeerAccessHad = 704;  // from an earlier call, of whoever's
 
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kHostRegisterPortable = 1;
@@ -67,8 +68,10 @@ struct Driver {
   Result (*device_get_name)(char* name, int bytes, int device);
   Result (*device_get_attribute)(int* value, int attribute, int device);
   Result (*device_primary_ctx_retain)(Context*, int device);
+  Result (*device_can_access_peer)(int* can, int device, int peer);
   Result (*ctx_push_current)(Context);
   Result (*ctx_pop_current)(Context*);
+  Result (*ctx_enable_peer_access)(Context peer, unsigned flags);
   Result (*ctx_get_stream_priority_range)(int* least, int* greatest);
   Result (*stream_create_with_priority)(Stream*, unsigned flags, int priority);
   Result (*stream_destroy)(Stream);
@@ -84,6 +87,7 @@ struct Driver {
   Result (*mem_alloc)(DevicePtr*, std::size_t bytes);
   Result (*mem_free)(DevicePtr);
   Result (*memcpy_async)(DevicePtr to, DevicePtr from, std::size_t bytes, Stream);
+  Result (*memcpy_peer_async)(DevicePtr to, Context of_to, DevicePtr from, Context of_from, std::size_t bytes, Stream);
   Result (*pointer_get_attribute)(void* value, int attribute, DevicePtr);
   Result (*module_load_data)(Module*, const void* image);
   Result (*module_get_function)(Function*, Module, const char* name);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,14 @@ struct GpuCopyStats {
   std::uint64_t runs = 0;
   std::uint64_t verified = 0;               // Layer Blocks summed up in the GPU's memory
   std::uint64_t batches[4] = {0, 0, 0, 0};  // by engine
+
+  GpuCopyStats& operator+=(const GpuCopyStats& other) {
+    bytes += other.bytes;
+    runs += other.runs;
+    verified += other.verified;
+    for (std::size_t i = 0; i < std::size(batches); ++i) batches[i] += other.batches[i];
+    return *this;
+  }
 };
 
 struct GpuStats {
@@ -45,6 +54,7 @@ struct GpuStats {
   GpuCopyStats to_gpu;
   GpuCopyStats from_gpu;
   GpuCopyStats within;
+  GpuCopyStats from_gpus;              // from other GPUs of this process: Node::copy
   std::uint64_t bounce_bytes = 0;      // of both pools
   std::uint64_t gds_slots_bytes = 0;   // memory of the GPU that storage reads come to
   std::uint64_t gds_bytes = 0;         // that came that way and were found right

@@ -592,8 +592,9 @@ class Node:
         """Copies blocks ``source_ids[i]`` of one cache to ``target_ids[i]`` of another, within this node, by layers.
 
         By the engine that the option ``copy`` chose: the CPU (the progress thread, a part at a time), or the NIC, by a
-        write to itself on the LOW lane. Returns at once; both caches must not change until it is done. Dropping the
-        operation ends it, with any part copied.
+        write to itself on the LOW lane. Where one is a GPU's memory, that GPU copies; from one GPU to another, the one
+        that gets the bytes. Returns at once, but for the first copy with a GPU; both caches must not change until it is
+        done. Dropping the operation ends it, with any part copied.
 
         Args:
             layers: (first, count); all if left out.

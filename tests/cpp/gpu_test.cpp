@@ -67,6 +67,7 @@ class GpuTest : public NodeTestBase, public ::testing::Test {
 class GpuEngineTest : public ::testing::TestWithParam<GpuCopy> {
  protected:
   struct Layout {
+    int device = kHostMemory;
     std::vector<std::vector<Plane>> layers;
     std::vector<std::shared_ptr<std::byte>> memory;
     std::vector<std::uint64_t> sizes;
@@ -83,6 +84,7 @@ class GpuEngineTest : public ::testing::TestWithParam<GpuCopy> {
   // Every byte of it is `fill`.
   Layout random_layout(const KvGeometry& geometry, int device, bool whole_vectors, std::byte fill) {
     Layout out;
+    out.device = device;
     for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
       std::vector<Plane> planes;
       const std::uint64_t unit = whole_vectors ? 16 : 1;
@@ -93,7 +95,7 @@ class GpuEngineTest : public ::testing::TestWithParam<GpuCopy> {
         out.sizes.push_back(stride * kBlocks);
         out.memory.push_back(test_memory(stride * kBlocks, device));
         const std::vector<std::byte> filled(stride * kBlocks, fill);
-        move(filled.data(), out.memory.back().get(), filled.size());
+        move(filled.data(), out.memory.back().get(), filled.size(), device);
         planes.push_back({out.memory.back().get(), stride, bytes});
         left -= bytes;
       }
@@ -101,9 +103,9 @@ class GpuEngineTest : public ::testing::TestWithParam<GpuCopy> {
     }
     return out;
   }
-  static void move(const std::byte* from, std::byte* to, std::uint64_t bytes) {
+  static void move(const std::byte* from, std::byte* to, std::uint64_t bytes, int device) {
     const CopyRun run{reinterpret_cast<std::uint64_t>(from), reinterpret_cast<std::uint64_t>(to), bytes};
-    CudaDevice::open(0)->copy_now({&run, 1}, HostSide::kFrom);  // never pinned here
+    CudaDevice::open(std::max(device, 0))->copy_now({&run, 1}, HostSide::kFrom);  // never pinned here
   }
   static std::vector<std::byte> block_of(const PagedKv& cache, std::uint32_t layer, std::uint32_t block) {
     std::vector<Extent> from(PagedKv::kMaxPlanes);
@@ -111,7 +113,7 @@ class GpuEngineTest : public ::testing::TestWithParam<GpuCopy> {
     std::vector<std::byte> bytes;
     for (const Extent& extent : from) {
       bytes.resize(bytes.size() + extent.bytes);
-      move(extent.data, bytes.data() + bytes.size() - extent.bytes, extent.bytes);
+      move(extent.data, bytes.data() + bytes.size() - extent.bytes, extent.bytes, cache.device());
     }
     return bytes;
   }
@@ -119,10 +121,53 @@ class GpuEngineTest : public ::testing::TestWithParam<GpuCopy> {
     std::uint64_t count = 0;
     for (std::size_t i = 0; i < layout.memory.size(); ++i) {
       std::vector<std::byte> bytes(layout.sizes[i]);
-      move(layout.memory[i].get(), bytes.data(), bytes.size());
+      move(layout.memory[i].get(), bytes.data(), bytes.size(), layout.device);
       count += static_cast<std::uint64_t>(std::count(bytes.begin(), bytes.end(), value));
     }
     return count;
+  }
+
+  // Copies blocks of random bytes from each to the next, from other places to others, and looks at all that came to the
+  // last and at every byte in between. The bytes that each got, and what its node said.
+  std::pair<std::uint64_t, NodeStats> copy_along(const std::vector<int>& devices, bool whole_vectors) {
+    const KvGeometry geometry = random_geometry(whole_vectors);
+    const TempDir root;
+    NodeOptions options;
+    options.name = "node";
+    options.store.root = root.path();
+    options.gpu.copy = GetParam();
+    Node node(geometry, options);
+    const std::byte gap{0xee};
+    std::vector<Layout> layouts;
+    std::vector<std::shared_ptr<const PagedKv>> caches;
+    std::vector<std::vector<std::uint32_t>> places;
+    for (const int device : devices) {
+      layouts.push_back(random_layout(geometry, device, whole_vectors, gap));
+      caches.push_back(std::make_shared<PagedKv>(geometry, layouts.back().layers, kBlocks, device));
+      places.push_back(iota_ids(kBlocks));
+      std::shuffle(places.back().begin(), places.back().end(), random_);
+      places.back().resize(kBlocks - 7);
+    }
+    for (std::size_t i = 0; i < layouts[0].memory.size(); ++i) {
+      for (std::uint64_t at = 0; at < layouts[0].sizes[i]; ++at) {
+        layouts[0].memory[i].get()[at] = static_cast<std::byte>(random_() % 0xee);  // never `gap`
+      }
+    }
+    const std::uint64_t copied = places[0].size() * geometry.block_bytes();
+    for (std::size_t step = 0; step + 1 < devices.size(); ++step) {
+      const std::uint64_t gaps_before = count_of(layouts[step + 1], gap);
+      const CopyRequest request{caches[step], places[step], caches[step + 1], places[step + 1], {0, geometry.layers()}};
+      const Status status = node.copy(request).wait(in(20));
+      EXPECT_TRUE(status.ok()) << status.message;
+      EXPECT_EQ(gaps_before - count_of(layouts[step + 1], gap), copied);
+    }
+    for (std::size_t i = 0; i < places[0].size(); ++i) {
+      for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
+        EXPECT_EQ(block_of(*caches.back(), layer, places.back()[i]), block_of(*caches[0], layer, places[0][i]))
+            << layer;
+      }
+    }
+    return {copied, node.stats()};
   }
 
   std::mt19937_64 random_{17};
@@ -132,54 +177,25 @@ TEST_P(GpuEngineTest, EveryByteAndNoOtherOnRandomLayouts) {
   find_a_driver();
   if (const std::string why = CudaDevice::open(0)->missing(GetParam()); !why.empty()) GTEST_SKIP() << why;
   for (const bool whole_vectors : {true, false, true, false}) {
-    const KvGeometry geometry = random_geometry(whole_vectors);
-    const TempDir root;
-    NodeOptions options;
-    options.name = "node";
-    options.store.root = root.path();
-    options.gpu.copy = GetParam();
-    Node node(geometry, options);
-    const std::byte gap{0xee};
-    const auto cache = [&](const Layout& layout, int device) {
-      return std::make_shared<PagedKv>(geometry, layout.layers, kBlocks, device);
-    };
-    Layout host = random_layout(geometry, kHostMemory, whole_vectors, std::byte{0});
-    for (std::size_t i = 0; i < host.memory.size(); ++i) {
-      for (std::uint64_t at = 0; at < host.sizes[i]; ++at) {
-        host.memory[i].get()[at] = static_cast<std::byte>(random_() % 0xee);  // never `gap`
-      }
-    }
-    const Layout there = random_layout(geometry, 0, whole_vectors, gap);
-    const Layout elsewhere = random_layout(geometry, 0, whole_vectors, gap);
-    const Layout back = random_layout(geometry, kHostMemory, whole_vectors, gap);
-    const std::shared_ptr<const PagedKv> caches[] = {cache(host, kHostMemory), cache(there, 0), cache(elsewhere, 0),
-                                                     cache(back, kHostMemory)};
-    const Layout* layouts[] = {&host, &there, &elsewhere, &back};
-    std::vector<std::uint32_t> places[4];
-    for (auto& ids : places) {
-      ids = iota_ids(kBlocks);
-      std::shuffle(ids.begin(), ids.end(), random_);
-      ids.resize(kBlocks - 7);
-    }
-    for (std::size_t step = 0; step < 3; ++step) {
-      const std::uint64_t gaps_before = count_of(*layouts[step + 1], gap);
-      const CopyRequest request{caches[step], places[step], caches[step + 1], places[step + 1], {0, geometry.layers()}};
-      const Status status = node.copy(request).wait(in(20));
-      ASSERT_TRUE(status.ok()) << status.message;
-      EXPECT_EQ(gaps_before - count_of(*layouts[step + 1], gap), places[0].size() * geometry.block_bytes());
-    }
-    for (std::size_t i = 0; i < places[0].size(); ++i) {
-      for (std::uint32_t layer = 0; layer < geometry.layers(); ++layer) {
-        ASSERT_EQ(block_of(*caches[3], layer, places[3][i]), block_of(*caches[0], layer, places[0][i])) << layer;
-      }
-    }
-    const GpuStats stats = node.stats().gpus.at(0);
+    const auto [copied, stats] = copy_along({kHostMemory, 0, 0, kHostMemory}, whole_vectors);
     // Pageable memory is out of a kernel's reach: the driver's copies do what it can't.
     const auto used = static_cast<std::size_t>(GetParam());
-    EXPECT_GT(stats.within.batches[used], 0u);
-    EXPECT_EQ(stats.to_gpu.bytes, places[0].size() * geometry.block_bytes());
+    EXPECT_GT(stats.gpus.at(0).within.batches[used], 0u);
+    EXPECT_EQ(stats.gpus.at(0).to_gpu.bytes, copied);
     if (GetParam() != GpuCopy::kKernel) {
-      EXPECT_GT(stats.to_gpu.batches[used], 0u);
+      EXPECT_GT(stats.gpus.at(0).to_gpu.batches[used], 0u);
+    }
+  }
+}
+
+TEST_P(GpuEngineTest, EveryByteAndNoOtherBetweenGpus) {
+  find_a_driver();
+  if (gpus().size() < 2) GTEST_SKIP() << "one GPU";
+  for (const bool whole_vectors : {true, false}) {
+    const auto [copied, stats] = copy_along({kHostMemory, 0, 1, 0, kHostMemory}, whole_vectors);
+    for (const GpuStats& gpu : stats.gpus) {
+      EXPECT_EQ(gpu.from_gpus.bytes, copied);
+      EXPECT_EQ(gpu.within.bytes, 0u);
     }
   }
 }
@@ -695,24 +711,71 @@ TEST_F(GpuTest, TwoGpusOfOneProcessEachGetTheirOwn) {
   const NodeStats stats = pe_->stats();
   ASSERT_EQ(stats.gpus.size(), 2u);
   for (const GpuStats& gpu : stats.gpus) EXPECT_EQ(gpu.to_gpu.bytes, kBlocks * geometry_.block_bytes());
-  EXPECT_EQ(code_of([&] { pe_->copy({first.paged(), iota_ids(1), second.paged(), iota_ids(1), {0, 1}}); }),
-            Code::kUnsupported);
 }
 
-// The last of the process's second GPU: a device that has failed stays so.
-TEST_F(GpuTest, XLoadsIntoAGpuThatFailsEndWithItsError) {
+// Faults of the driver's calls between GPUs.
+class BetweenGpusTest : public GpuTest {
+ protected:
+  void SetUp() override {
+    find_a_driver();
+    if (gpus().size() < 2) GTEST_SKIP() << "one GPU";
+    driver_ = &CudaDevice::open(0)->driver();
+    original_ = *driver_;
+    start();
+    first_.emplace(geometry_, kBlocks, 0);
+    second_.emplace(geometry_, kBlocks, 1);
+    first_->fill(0, 1);
+  }
+  void TearDown() override {
+    if (driver_ == nullptr) return;
+    driver_->device_can_access_peer = original_.device_can_access_peer;
+    driver_->memcpy_peer_async = original_.memcpy_peer_async;
+  }
+  Status copy(const TestCache& from, const TestCache& to) {
+    return pe_->copy({from.paged(), {0}, to.paged(), {2}, {0, geometry_.layers()}}).wait(in(10));
+  }
+
+  cuda::Driver* driver_ = nullptr;
+  cuda::Driver original_{};
+  std::optional<TestCache> first_, second_;
+};
+
+TEST_F(BetweenGpusTest, ThoseThatDoNotSeeEachOtherAreSaidAndCopyAllTheSame) {
+  driver_->device_can_access_peer = [](int* can, int, int) { return *can = 0, cuda::kSuccess; };
+  EXPECT_TRUE(copy(*first_, *second_).ok());
+  EXPECT_TRUE(second_->holds(2, 1));
+  EXPECT_EQ(pe_->stats().fallbacks["gpu_copy_staged"], 1u);
+  EXPECT_TRUE(copy(*first_, *second_).ok());
+  EXPECT_EQ(pe_->stats().fallbacks["gpu_copy_staged"], 1u);
+}
+
+TEST_F(BetweenGpusTest, ACopyThatFailsIsSaidAndLeavesOtherCopiesAlone) {
+  driver_->memcpy_peer_async = [](cuda::DevicePtr, cuda::Context, cuda::DevicePtr, cuda::Context, std::size_t,
+                                  cuda::Stream) -> cuda::Result { return 700; };
+  const Status status = copy(*first_, *second_);
+  EXPECT_EQ(status.code, Code::kIo);
+  EXPECT_NE(status.message.find("cuMemcpyPeerAsync"), std::string::npos) << status.message;
+  EXPECT_FALSE(second_->holds(2, 1));
+  EXPECT_TRUE(copy(*first_, *first_).ok());
+  EXPECT_TRUE(first_->holds(2, 1));
+  EXPECT_EQ(pe_->stats().fallbacks["gpu_failed"], 1u);
+}
+
+// On a GPU that no other test uses: a device that has failed stays so.
+TEST_F(GpuTest, LoadsIntoAGpuThatFailsEndWithItsError) {
   find_a_driver();
   auto* fail = reinterpret_cast<void (*)(int)>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "stand_in_fail"));
   if (fail == nullptr) GTEST_SKIP() << "a real GPU isn't broken for a test";
+  constexpr int kDoomed = 2;
   auto de = options("de");
   de.store.read_limit_bytes_per_s = geometry_.block_bytes() * 60;
   start(options("pe"), de);
-  const TestCache cache(geometry_, kBlocks, 1), healthy(geometry_, kBlocks, 0);
-  TestStream stream(1);
+  const TestCache cache(geometry_, kBlocks, kDoomed), healthy(geometry_, kBlocks, 0);
+  TestStream stream(kDoomed);
   DecodeOnly policy;
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 20});
   load.wait_on_stream(geometry_.layers() - 1, stream.get());
-  fail(1);
+  fail(kDoomed);
   const Status status = load.finish(in(5));
   EXPECT_EQ(status.code, Code::kIo);
   EXPECT_NE(status.message.find("illegal memory access"), std::string::npos) << status.message;

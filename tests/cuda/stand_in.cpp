@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <shared_mutex>
 #include <thread>
 #include <utility>
@@ -52,7 +53,7 @@ constexpr Result kInvalidValue = 1, kOutOfMemory = 2, kNoDevice = 100, kInvalidD
 
 int device_count() {
   const char* count = std::getenv("DUALKV_STAND_IN_GPUS");
-  return count != nullptr ? std::atoi(count) : 2;
+  return count != nullptr ? std::atoi(count) : 3;
 }
 
 struct Allocation {
@@ -313,6 +314,10 @@ CALL Result cuDevicePrimaryCtxRetain(Context* context, int device) {
   *context = reinterpret_cast<Context>(&devices().at(device));
   return kSuccess;
 }
+CALL Result cuDeviceCanAccessPeer(int* can, int device, int peer) {
+  *can = device != peer;
+  return kSuccess;
+}
 CALL Result cuCtxPushCurrent_v2(Context context) {
   if (in_host_function) return kNotPermitted;
   contexts.push_back(reinterpret_cast<Device*>(context));
@@ -323,6 +328,14 @@ CALL Result cuCtxPopCurrent_v2(Context* context) {
   if (context != nullptr) *context = reinterpret_cast<Context>(contexts.back());
   contexts.pop_back();
   return kSuccess;
+}
+CALL Result cuCtxEnablePeerAccess(Context peer, unsigned flags) {
+  if (current() == nullptr) return kInvalidContext;
+  if (flags != 0 || reinterpret_cast<Device*>(peer) == current()) return kInvalidValue;
+  static std::mutex mutex;
+  static auto* enabled = new std::set<std::pair<Device*, Context>>;
+  const std::lock_guard lock(mutex);
+  return enabled->insert({current(), peer}).second ? kSuccess : kPeerAccessHad;
 }
 CALL Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   *least = 0;
@@ -473,6 +486,18 @@ CALL Result cuMemFree_v2(DevicePtr pointer) {
 }
 CALL Result cuMemcpyAsync(DevicePtr to, DevicePtr from, std::size_t bytes, Stream stream) {
   return put(stream, [&](Device& device) { return one_copy(to, from, bytes, device); });
+}
+CALL Result cuMemcpyPeerAsync(DevicePtr to, Context of_to, DevicePtr from, Context of_from, std::size_t bytes,
+                              Stream stream) {
+  return put(stream, [&](Device&) -> Work {
+    std::byte* target = memory().find(to, bytes, reinterpret_cast<Device*>(of_to)->ordinal, false);
+    const std::byte* source = memory().find(from, bytes, reinterpret_cast<Device*>(of_from)->ordinal, false);
+    if (target == nullptr || source == nullptr) return nullptr;
+    return [=] {
+      std::memcpy(target, source, bytes);
+      return true;
+    };
+  });
 }
 CALL Result cuMemGetHandleForAddressRange(void* handle, DevicePtr begin, std::size_t bytes, int type,
                                           unsigned long long) {

@@ -66,6 +66,11 @@ FALLBACKS = {
         "staging that can be pinned; or gpu_copy='auto'",
         "CUDA",
     ),
+    "gpu_copy_staged": Fallback(
+        "a GPU does not see the memory of another: the driver takes copies between them by the host's memory",
+        "NVLink, or a PCIe switch both are behind, without ACS; `nvidia-smi topo -p2p r` shows which see each other",
+        "CUDA",
+    ),
     "gpu_bounce_full": Fallback(
         "a peer's write found no pinned memory before a GPU: another node read the block instead",
         "a larger gpu_bounce",
