@@ -114,6 +114,7 @@ py::dict to_dict(const GpuStats& s) {
   out["gds_bytes"] = s.gds_bytes;
   out["rdma_slots_bytes"] = s.rdma_slots_bytes;
   out["rdma_bytes"] = s.rdma_bytes;
+  out["rdma_sent_bytes"] = s.rdma_sent_bytes;
   out["rdma_by_dma_buf"] = s.rdma_by_dma_buf;
   return out;
 }

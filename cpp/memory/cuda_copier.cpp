@@ -51,22 +51,27 @@ CudaCopier::~CudaCopier() {
 
 void CudaCopier::copy(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
                       std::shared_ptr<void> keep, Done done) {
-  add(from, to, owner, std::move(keep), {}, std::move(done));
+  add(from, to, owner, std::move(keep), {}, nullptr, std::move(done));
 }
 
 void CudaCopier::copy_verified(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
                                std::shared_ptr<void> keep, std::uint64_t checksum, Done done) {
-  add(from, to, owner, std::move(keep), checksum, std::move(done));
+  add(from, to, owner, std::move(keep), checksum, nullptr, std::move(done));
+}
+
+void CudaCopier::copy_summed(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
+                             std::shared_ptr<void> keep, std::uint64_t& sum, Done done) {
+  add(from, to, owner, std::move(keep), {}, &sum, std::move(done));
 }
 
 void CudaCopier::verify(std::span<const Extent> memory, std::uint64_t owner, std::shared_ptr<void> keep,
                         std::uint64_t checksum, Done done) {
-  add({}, memory, owner, std::move(keep), checksum, std::move(done));
+  add({}, memory, owner, std::move(keep), checksum, nullptr, std::move(done));
 }
 
 void CudaCopier::add(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
-                     std::shared_ptr<void> keep, std::optional<std::uint64_t> checksum, Done done) {
-  queue_.push_back({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, checksum});
+                     std::shared_ptr<void> keep, std::optional<std::uint64_t> checksum, std::uint64_t* sum, Done done) {
+  queue_.push_back({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, checksum, sum});
   flush_later();
 }
 
@@ -113,7 +118,7 @@ void CudaCopier::fill(Batch& batch) {
     Job& job = queue_.front();
     append_runs(job.from.span(), job.to.span(), runs_);
     bytes += job.to.bytes();
-    sums += job.checksum.has_value();
+    sums += job.summed();
     batch.jobs.push_back(std::move(job));
     queue_.pop_front();
   }
@@ -141,7 +146,7 @@ void CudaCopier::submit(const std::shared_ptr<Batch>& batch) {
     const auto sums = reinterpret_cast<ChecksumRuns*>(batch->sums.data());
     std::size_t count = 0;
     for (const Job& job : batch->jobs) {
-      if (job.checksum) sums[count++] = checksum_runs(job.to.span());
+      if (job.summed()) sums[count++] = checksum_runs(job.to.span());
     }
     if (count > 0) {
       device_->enqueue_checksums(stream_, std::span(sums, count),
@@ -180,7 +185,7 @@ void CudaCopier::on_batch(const std::shared_ptr<Batch>& batch) {
   const auto* lanes = reinterpret_cast<const std::uint64_t*>(batch->lanes.data());
   std::vector<std::uint64_t> sums;
   for (const Job& job : jobs) {
-    if (!job.checksum) continue;
+    if (!job.summed()) continue;
     sums.push_back(
         checksum_of_lanes(std::span<const std::uint64_t, kChecksumLanes>(lanes, kChecksumLanes), job.to.bytes()));
     lanes += kChecksumLanes;
@@ -191,14 +196,18 @@ void CudaCopier::on_batch(const std::shared_ptr<Batch>& batch) {
   finishing_ = &jobs;
   for (Job& job : jobs) {
     Status status;
+    const std::uint64_t is = job.summed() ? *sum++ : 0;
     if (job.checksum) {
       ++stats_.verified;
-      if (*sum++ != *job.checksum) {
+      if (is != *job.checksum) {
         status = {Code::kCorrupt, 0, text("GPU ", device_->ordinal(), ": what was copied there has another checksum")};
       }
     }
     stats_.bytes += job.from.bytes();
-    if (const Done done = std::exchange(job.done, nullptr)) done(status);
+    if (const Done done = std::exchange(job.done, nullptr)) {
+      if (job.sum != nullptr) *job.sum = is;
+      done(status);
+    }
   }
   finishing_ = nullptr;
 }

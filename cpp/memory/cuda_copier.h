@@ -32,6 +32,9 @@ class CudaCopier : public Copier {
   // where can_verify().
   void copy_verified(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
                      std::shared_ptr<void> keep, std::uint64_t checksum, Done done);
+  // Also sums up what is in `to` afterwards, as copy_verified(), and leaves it in `sum` just before `done`.
+  void copy_summed(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
+                   std::shared_ptr<void> keep, std::uint64_t& sum, Done done);
   // Only sums up what is in the device's memory already; the rest as copy_verified().
   void verify(std::span<const Extent> memory, std::uint64_t owner, std::shared_ptr<void> keep, std::uint64_t checksum,
               Done done);
@@ -47,7 +50,9 @@ class CudaCopier : public Copier {
  private:
   // `done` is null once it is withdrawn; nothing is copied from no extents.
   struct Job : CopyJob {
-    std::optional<std::uint64_t> checksum;
+    std::optional<std::uint64_t> checksum;  // that it must come to
+    std::uint64_t* sum = nullptr;           // to leave it in
+    bool summed() const { return checksum || sum != nullptr; }
   };
   // Held by the driver, too, while it is under way.
   struct Batch {
@@ -63,7 +68,7 @@ class CudaCopier : public Copier {
   };
 
   void add(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner, std::shared_ptr<void> keep,
-           std::optional<std::uint64_t> checksum, Done done);
+           std::optional<std::uint64_t> checksum, std::uint64_t* sum, Done done);
   void flush_later();
   void flush();
   std::shared_ptr<Batch> take_batch();

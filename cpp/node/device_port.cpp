@@ -50,10 +50,12 @@ GpuStats DevicePort::stats() const {
   if (gds_) stats.gds_slots_bytes = gds_->bytes();
   stats.gds_bytes = gds_bytes_;
   if (nic_) {
-    stats.rdma_slots_bytes = nic_->slots.memory()->memory().size();
-    stats.rdma_by_dma_buf = nic_->registration->by_dma_buf();
+    stats.rdma_slots_bytes =
+        nic_->landing.slots.memory()->memory().size() + nic_->departing.slots.memory()->memory().size();
+    stats.rdma_by_dma_buf = nic_->landing.registration->by_dma_buf();
   }
   stats.rdma_bytes = nic_bytes_;
+  stats.rdma_sent_bytes = nic_sent_bytes_;
   return stats;
 }
 
@@ -78,7 +80,7 @@ GrantSink::Target Landing::target(std::uint64_t at, std::uint64_t bytes, Writer 
   // Kept, as another link of the peer may have been cleared to write there.
   if (place.on_gpu && writer == Writer::kCpu) left_.push_back(std::exchange(place, {}).piece);
   if (!place.piece && writer == Writer::kNic && port_.nic() != nullptr) {
-    place.piece = port_.nic()->slots.take();
+    place.piece = port_.nic()->landing.slots.take();
     place.on_gpu = place.piece != nullptr;
   }
   if (!place.piece) place.piece = port_.landing().take();
@@ -123,17 +125,24 @@ void Landing::drop(std::uint64_t at) {
   if (found != places_.end() && found->second.state != State::kRight) places_.erase(found);
 }
 
-Departures::Departures(NodeState& node, DevicePort& port, LayerSender& sender, Locate locate, Failed failed)
+Departures::Departures(NodeState& node, DevicePort& port, const std::shared_ptr<Link>& link, std::uint64_t grant,
+                       Lane lane, BlockSource& source, Sent sent, Failed failed)
     : node_(node),
       port_(port),
-      sender_(sender),
-      locate_(std::move(locate)),
+      source_(source),
+      sent_(std::move(sent)),
       failed_(std::move(failed)),
-      owner_(next_owner()) {}
+      lane_(lane),
+      owner_(next_owner()),
+      sender_(node.sends(), link, grant, lane, *this,
+              [this](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
+                on_sent(layer, blocks, outcome);
+              }) {}
 
 Departures::~Departures() {
   node_.progress().cancel(retry_);
   port_.from_gpu().withdraw(owner_);
+  port_.within().withdraw(owner_);
 }
 
 void Departures::add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) {
@@ -143,31 +152,42 @@ void Departures::add(std::uint32_t layer, std::uint32_t first, std::uint32_t cou
 void Departures::pump() {
   const std::uint64_t window = 2 * node_.options().write_window_bytes;
   while (!queued_.empty() && under_way_ < window) {
+    FreePieces::Piece piece;
+    if (port_.nic() != nullptr && !pinned_only_ && link().nic_writes(lane_))
+      piece = port_.nic()->departing.slots.take();
+    const bool on_gpu = piece != nullptr;
+    if (!piece) piece = port_.departing().take();
+    if (!piece) return pump_later();
     auto& [layer, runs] = *queued_.begin();
-    const BouncePool::Piece piece = port_.departing().take();
-    if (!piece) {
-      if (retry_ == 0) {
-        retry_ = node_.progress().at(Clock::now() + to_duration(kRetry), [this] {
-          retry_ = 0;
-          pump();
-        });
-      }
-      return;
-    }
-    const std::uint32_t index = runs.front().next;
-    std::array<Extent, PagedKv::kMaxPlanes> from;
-    const std::size_t count = locate_(layer, index, from);
-    const Extent to{piece.get(), node_.geometry().layer_bytes(layer)};
-    under_way_ += to.bytes;
-    port_.from_gpu().copy(std::span(from).first(count), {&to, 1}, owner_, piece,
-                          [this, layer = layer, index, piece](const Status& status) {
-                            if (!status.ok()) return failed_(status);
-                            sender_.add(layer, index, 1, piece);
-                            send_later();
-                          });
+    take(layer, runs.front().next, piece, on_gpu);
     if (++runs.front().next == runs.front().end) runs.pop_front();
     if (runs.empty()) queued_.erase(queued_.begin());
   }
+}
+
+void Departures::pump_later() {
+  if (retry_ != 0) return;
+  retry_ = node_.progress().at(Clock::now() + to_duration(kRetry), [this] {
+    retry_ = 0;
+    pump();
+  });
+}
+
+void Departures::take(std::uint32_t layer, std::uint32_t index, const FreePieces::Piece& piece, bool on_gpu) {
+  WriteBlock block;
+  const bool known = source_.describe(layer, index, nullptr, block);
+  const auto from = std::span<const Extent>(block.source).first(block.extents);
+  const Extent to{piece.get(), node_.geometry().layer_bytes(layer)};
+  Leaving& leaving = leaving_[key(layer, block.block)] = {index, piece, on_gpu, known || on_gpu, block.checksum};
+  under_way_ += to.bytes;
+  const auto taken = [this, layer, number = block.block](const Status& status) {
+    if (!status.ok()) return failed_(status);
+    sender_.add(layer, number, 1);
+    send_later();
+  };
+  if (!on_gpu) return port_.from_gpu().copy(from, {&to, 1}, owner_, piece, taken);
+  if (known) return port_.within().copy(from, {&to, 1}, owner_, piece, taken);
+  port_.within().copy_summed(from, {&to, 1}, owner_, piece, leaving.checksum, taken);
 }
 
 // What one batch brought goes in as few frames as may be.
@@ -180,9 +200,48 @@ void Departures::send_later() {
   });
 }
 
-void Departures::sent(std::uint32_t layer, std::size_t blocks) {
-  under_way_ -= blocks * node_.geometry().layer_bytes(layer);
+bool Departures::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>&, WriteBlock& out) {
+  Leaving& leaving = leaving_.at(key(layer, block));
+  out.block = block;
+  out.checksum = leaving.checksum;
+  out.source[0] = {leaving.piece.get(), node_.geometry().layer_bytes(layer)};
+  out.extents = 1;
+  out.keep = std::move(leaving.piece);
+  out.nic_only = leaving.on_gpu;
+  return leaving.summed;
+}
+
+void Departures::on_sent(std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
+  const std::uint64_t bytes = node_.geometry().layer_bytes(layer);
+  for (const std::uint32_t block : blocks) {
+    const auto gone = leaving_.extract(key(layer, block));
+    under_way_ -= bytes;
+    if (gone.mapped().on_gpu && outcome.ok()) port_.add_nic_sent_bytes(bytes);
+  }
+  const auto alive = std::weak_ptr(alive_);
+  const Sent sent = sent_;
+  sent(layer, blocks, outcome);
+  if (!alive.expired()) pump();
+}
+
+// By pinned memory from now on: what ails the NIC may ail it again, and each try costs a copy and a round trip.
+void Departures::on_returned(std::uint32_t layer, const std::vector<std::uint32_t>& blocks) {
+  if (!std::exchange(pinned_only_, true)) node_.on_fallback("gpu_rdma_returned");
+  for (const std::uint32_t block : blocks) {
+    const auto back = leaving_.extract(key(layer, block));
+    under_way_ -= node_.geometry().layer_bytes(layer);
+    add(layer, back.mapped().index, 1);
+  }
   pump();
+}
+
+std::unique_ptr<BlockSender> make_sender(NodeState& node, const PagedKv& cache, const std::shared_ptr<Link>& link,
+                                         std::uint64_t grant, Lane lane, BlockSource& source, BlockSender::Sent sent,
+                                         Departures::Failed failed) {
+  if (DevicePort* port = node.port(cache)) {
+    return std::make_unique<Departures>(node, *port, link, grant, lane, source, std::move(sent), std::move(failed));
+  }
+  return std::make_unique<LayerSender>(node.sends(), link, grant, lane, source, std::move(sent));
 }
 
 }  // namespace dualkv

@@ -23,17 +23,22 @@ namespace dualkv {
 
 class NodeState;
 
-// Slots in a GPU's memory that peers' NICs write to.
+// Slots in a GPU's memory, registered with the node's NICs: that peers' NICs write to, and that its own read. Apart, so
+// that what comes never waits for what goes.
 struct NicSlots {
+  struct Side {
+    GpuSlots slots;
+    std::shared_ptr<const RdmaRegistration> registration;
+  };
   std::shared_ptr<RdmaDomain> domain;  // ends after what is registered there
-  GpuSlots slots;
-  std::shared_ptr<const RdmaRegistration> registration;
+  Side landing, departing;
 };
 
 // Made on any thread, used on the progress thread.
 class DevicePort {
  public:
-  // `gds`: null if storage reads come to the host's memory. `nic`: null if what peers write does. Throws Error.
+  // `gds`: null if storage reads come to the host's memory. `nic`: null if what peers write, and what they are sent,
+  // goes by it. Throws Error.
   DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std::unique_ptr<GpuStaging> gds,
              std::unique_ptr<NicSlots> nic);
 
@@ -52,6 +57,8 @@ class DevicePort {
   void add_gds_bytes(std::uint64_t bytes) { gds_bytes_ += bytes; }
   NicSlots* nic() { return nic_.get(); }
   void add_nic_bytes(std::uint64_t bytes) { nic_bytes_ += bytes; }
+  void add_nic_sent_bytes(std::uint64_t bytes) { nic_sent_bytes_ += bytes; }
+  std::uint64_t nic_sent_bytes() const { return nic_sent_bytes_; }
   // A Layer Block that is right to its place in a cache, from the host or, `on_gpu`, from this GPU's memory. Summed up
   // there once more with GpuOptions::verify. The rest as CudaCopier::copy.
   void copy_in(const Extent& from, bool on_gpu, std::span<const Extent> to, std::uint64_t owner,
@@ -72,7 +79,7 @@ class DevicePort {
   const std::unique_ptr<GpuStaging> gds_;
   std::uint64_t gds_bytes_ = 0;
   const std::unique_ptr<NicSlots> nic_;
-  std::uint64_t nic_bytes_ = 0;
+  std::uint64_t nic_bytes_ = 0, nic_sent_bytes_ = 0;
   CudaCopier to_gpu_, from_gpu_, within_;
   std::map<int, std::unique_ptr<CudaCopier>> from_gpus_;  // others, by ordinal
   BouncePool landing_, departing_;
@@ -115,40 +122,63 @@ class Landing {
   std::vector<FreePieces::Piece> left_;  // slots whose write came another way in the end
 };
 
-// What goes to a peer from a cache of a GPU: brought to pinned memory, lowest layer first and no more than a window at
-// a time, and queued with a LayerSender, whose source gets the piece as `keep`. Progress thread only.
-class Departures {
+// What goes to a peer from a cache of a GPU: brought to slots of the GPU that its NICs read, summed up there, or else
+// to pinned memory; lowest layer first, and no more than a window at a time. Progress thread only.
+class Departures : public BlockSender, private BlockSource {
  public:
-  // Where block `index` is.
-  using Locate = std::function<std::size_t(std::uint32_t layer, std::uint32_t index, std::span<Extent> out)>;
   using Failed = std::function<void(const Status&)>;
 
-  Departures(NodeState& node, DevicePort& port, LayerSender& sender, Locate locate, Failed failed);
-  ~Departures();
+  // `source` says where in the cache Layer Blocks are, and must outlive this. `failed`: the GPU has.
+  Departures(NodeState& node, DevicePort& port, const std::shared_ptr<Link>& link, std::uint64_t grant, Lane lane,
+             BlockSource& source, Sent sent, Failed failed);
+  ~Departures() override;
 
-  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count);
-  void pump();
-  // The peer has acknowledged a write.
-  void sent(std::uint32_t layer, std::size_t blocks);
+  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) override;
+  void pump() override;
+  Link& link() const override { return sender_.link(); }
 
  private:
   struct Run {
     std::uint32_t next;
     std::uint32_t end;
   };
+  // A Layer Block that was taken from the cache, until the peer has it.
+  struct Leaving {
+    std::uint32_t index;
+    FreePieces::Piece piece;  // until it is sent
+    bool on_gpu;
+    bool summed;
+    std::uint64_t checksum;
+  };
+  static std::uint64_t key(std::uint32_t layer, std::uint32_t block) { return std::uint64_t{layer} << 32 | block; }
+
+  bool describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
+  void on_returned(std::uint32_t layer, const std::vector<std::uint32_t>& blocks) override;
+  void on_sent(std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome);
+  void take(std::uint32_t layer, std::uint32_t index, const FreePieces::Piece& to, bool on_gpu);
+  void pump_later();
   void send_later();
 
   NodeState& node_;
   DevicePort& port_;
-  LayerSender& sender_;
-  const Locate locate_;
+  BlockSource& source_;
+  const Sent sent_;
   const Failed failed_;
+  const Lane lane_;
   const std::uint64_t owner_;
   std::map<std::uint32_t, std::deque<Run>> queued_;
-  std::uint64_t under_way_ = 0;  // bytes taken from the GPU, or being taken, and not acknowledged
+  std::unordered_map<std::uint64_t, Leaving> leaving_;  // by key()
+  std::uint64_t under_way_ = 0;                         // bytes of them
+  bool pinned_only_ = false;                            // no NIC took what only a NIC can read
   Progress::TimerId retry_ = 0;
   bool sending_ = false;
   const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+  LayerSender sender_;  // of what was taken
 };
+
+// For what `source` describes in `cache`, which was prepared.
+std::unique_ptr<BlockSender> make_sender(NodeState& node, const PagedKv& cache, const std::shared_ptr<Link>& link,
+                                         std::uint64_t grant, Lane lane, BlockSource& source, BlockSender::Sent sent,
+                                         Departures::Failed failed);
 
 }  // namespace dualkv

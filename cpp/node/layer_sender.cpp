@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/hash.h"
 #include "storage/store_state.h"
 
 namespace dualkv {
@@ -16,9 +17,7 @@ void SendQueue::remove(LayerSender& sender) {
   if (const auto turns = turns_.find(&sender.link()); turns != turns_.end()) {
     std::erase(turns->second[static_cast<int>(sender.lane())], &sender);
   }
-  for (auto& [id, flight] : in_flight_) {
-    if (flight.sender == &sender) flight.sender = nullptr;
-  }
+  std::erase_if(in_flight_, [&](const auto& item) { return item.second.sender == &sender; });
 }
 
 void SendQueue::send_one(LayerSender& sender, Link& link) {
@@ -54,11 +53,15 @@ void SendQueue::on_write_done(Link& link, std::uint64_t id, Outcome outcome) {
   if (!node.empty()) {
     InFlight& flight = node.mapped();
     meters_[&link].add(flight.blocks.size() * geometry_.layer_bytes(flight.layer), Clock::now());
-    if (flight.sender != nullptr) {
-      const LayerSender::Sent sent = flight.sender->sent_;
-      sent(flight.layer, flight.blocks, outcome);
-    }
+    const BlockSender::Sent sent = flight.sender->sent_;
+    sent(flight.layer, flight.blocks, outcome);
   }
+  pump(link);
+}
+
+void SendQueue::on_write_returned(Link& link, std::uint64_t id) {
+  const auto node = in_flight_.extract(id);
+  if (!node.empty()) node.mapped().sender->source_.on_returned(node.mapped().layer, node.mapped().blocks);
   pump(link);
 }
 
@@ -114,7 +117,10 @@ LayerWrite LayerSender::next(std::uint64_t id) {
   std::deque<Run>& runs = first->second;
   while (!runs.empty() && write.blocks.size() < most) {
     Run& run = runs.front();
-    source_.describe(write.layer, run.next, run.keep, write.blocks.emplace_back());
+    WriteBlock& block = write.blocks.emplace_back();
+    if (!source_.describe(write.layer, run.next, run.keep, block)) {
+      block.checksum = checksum(std::span<const Extent>(block.source).first(block.extents));
+    }
     if (++run.next == run.end) runs.pop_front();
   }
   if (runs.empty()) queued_.erase(first);

@@ -1,4 +1,5 @@
-// LayerSender: what one task sends to one grant, lowest layer first; SendQueue: fair turns on the links.
+// BlockSender: what one task sends to one grant, lowest layer first; LayerSender: from memory that links can read;
+// SendQueue: fair turns on the links.
 #pragma once
 
 #include <array>
@@ -19,14 +20,16 @@ namespace dualkv {
 
 class LayerSender;
 
-// Says where a Layer Block is and what its checksum is, when its turn to be sent comes: whole prompts are queued as a
-// few numbers, and a checksum made then leaves its bytes in the cache for the send.
+// Says where a Layer Block is, when its turn to be sent comes: whole prompts are queued as a few numbers.
 class BlockSource {
  public:
   virtual ~BlockSource() = default;
-  // Fills `out`. `index` and `keep` are what LayerSender::add was given.
-  virtual void describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep,
+  // Fills `out`; false if it does not know the checksum, which is then made: just before the send, for which that
+  // leaves the bytes in the CPU's cache. `index` and `keep` are what LayerSender::add was given.
+  virtual bool describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep,
                         WriteBlock& out) = 0;
+  // What it said only a NIC can read, and none did, with what was in one write with it.
+  virtual void on_returned(std::uint32_t /*layer*/, const std::vector<std::uint32_t>& /*blocks*/) {}
 };
 
 // One frame per sender and turn, so that no load waits behind another's whole backlog. Lanes don't wait for each
@@ -40,6 +43,7 @@ class SendQueue {
   void pump(Link& link);
   // Routes a completion to its sender and lets waiting ones go on.
   void on_write_done(Link& link, std::uint64_t id, Outcome outcome);
+  void on_write_returned(Link& link, std::uint64_t id);
   void on_closed(Link& link);
   // Bytes/s acknowledged on the link while it was the bottleneck, moving average; 0 = it never was.
   std::uint64_t bandwidth(const Link& link) const;
@@ -50,7 +54,7 @@ class SendQueue {
  private:
   struct InFlight {
     const Link* link;
-    LayerSender* sender;  // null once it ended
+    LayerSender* sender;
     std::uint32_t layer;
     std::vector<std::uint32_t> blocks;
   };
@@ -68,21 +72,33 @@ class SendQueue {
 };
 
 // Withdraws what it has not delivered when it ends. Progress thread only.
-class LayerSender {
+class BlockSender {
  public:
+  // Of each acknowledged write, with the WriteBlock::block numbers; it may destroy the sender.
   using Sent = std::function<void(std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome)>;
 
-  // `source` must outlive the sender. `sent` is called for each acknowledged write, with the WriteBlock::block
-  // numbers; it may destroy the sender.
+  virtual ~BlockSender() = default;
+  // Queues Layer Blocks [first, first + count) of its source.
+  virtual void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) = 0;
+  // After a batch of add().
+  virtual void pump() = 0;
+  virtual Link& link() const = 0;
+};
+
+class LayerSender : public BlockSender {
+ public:
+  // `source` must outlive the sender.
   LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane, BlockSource& source,
               Sent sent);
-  ~LayerSender();
+  ~LayerSender() override;
 
-  // Queues Layer Blocks [first, first + count) of `source`. `keep` is held until they are described.
-  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep = nullptr);
-  // After a batch of add().
-  void pump() { queue_.pump(*link_); }
-  Link& link() const { return *link_; }
+  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) override {
+    add(layer, first, count, nullptr);
+  }
+  // `keep` is held until they are described.
+  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep);
+  void pump() override { queue_.pump(*link_); }
+  Link& link() const override { return *link_; }
   Lane lane() const { return lane_; }
 
  private:

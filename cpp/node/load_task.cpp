@@ -507,19 +507,14 @@ void LoadTask::on_opened(Link& link, const LoadOpened& message) {
   if (ended_ || decode_source_ == 0 || sources_[decode_source_]->link.get() != &link || publisher_) return;
   if (message.code != Code::kOk) return handover_failed({message.code, 0, message.why});
   const std::weak_ptr<LoadTask> weak = weak_from_this();
-  publisher_ = std::make_unique<LayerSender>(
-      node_.sends(), sources_[decode_source_]->link, message.grant, Lane::kLow, *this,
+  publisher_ = make_sender(
+      node_, *request_.into, sources_[decode_source_]->link, message.grant, Lane::kLow, *this,
       [weak](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
         if (const auto self = weak.lock()) self->on_published(blocks, layer, outcome);
+      },
+      [weak](const Status& status) {
+        if (const auto self = weak.lock()) self->fail(status);
       });
-  if (port_ != nullptr) {
-    departures_ = std::make_unique<Departures>(
-        node_, *port_, *publisher_,
-        [this](std::uint32_t layer, std::uint32_t block, std::span<Extent> out) {
-          return request_.into->extents(layer, block_ids_[block], out);
-        },
-        [this](const Status& status) { fail(status); });
-  }
   for (std::uint32_t layer : std::exchange(publish_queue_, {})) publish_now(layer);
 }
 
@@ -580,8 +575,7 @@ void LoadTask::publish_now(std::uint32_t layer) {
   for (std::uint32_t first = 0; first < prompt_blocks_;) {
     std::uint32_t end = first;
     while (end < prompt_blocks_ && !skipped(end)) ++end;
-    if (departures_) departures_->add(layer, first, end - first);
-    if (!departures_) publisher_->add(layer, first, end - first);
+    publisher_->add(layer, first, end - first);
     count += end - first;
     first = end + 1;
   }
@@ -593,27 +587,21 @@ void LoadTask::publish_now(std::uint32_t layer) {
     result_.bytes_published += count * node_.geometry().layer_bytes(layer);
     if (count == 0) result_.layer_publish_done_s[layer] = now_s();
   }
-  departures_ ? departures_->pump() : publisher_->pump();
+  publisher_->pump();
   maybe_finish();
 }
 
-void LoadTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) {
+bool LoadTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>&, WriteBlock& out) {
   out.block = block;
-  if (keep) {  // where it departs from
-    out.source[0] = {static_cast<std::byte*>(keep.get()), node_.geometry().layer_bytes(layer)};
-    out.extents = 1;
-    out.keep = keep;
-  } else {
-    out.extents = static_cast<std::uint32_t>(request_.into->extents(layer, block_ids_[block], out.source));
-  }
-  out.checksum = block < hit_ ? checksums_[slot_of(layer, block)]
-                              : checksum(std::span<const Extent>(out.source).first(out.extents));
+  out.extents = static_cast<std::uint32_t>(request_.into->extents(layer, block_ids_[block], out.source));
+  if (block >= hit_) return false;
+  out.checksum = checksums_[slot_of(layer, block)];
+  return true;
 }
 
 void LoadTask::on_published(const std::vector<std::uint32_t>& blocks, std::uint32_t layer, Outcome outcome) {
   if (ended_) return;
   publish_pending_ -= blocks.size();
-  if (departures_) departures_->sent(layer, blocks.size());
   layer_publish_pending_[layer] -= static_cast<std::uint32_t>(blocks.size());
   if (!outcome.ok()) {
     return handover_failed(
@@ -643,7 +631,6 @@ void LoadTask::note_wait(std::uint32_t layer, Clock::time_point begin, Clock::ti
 void LoadTask::handover_failed(Status why) {
   if (ended_ || !handover_failure_.ok()) return;
   handover_failure_ = {why.code, why.os_errno, text("load: the KV was not handed over: ", why.message)};
-  departures_.reset();
   publisher_.reset();
   publish_queue_.clear();
   maybe_finish();
@@ -677,12 +664,11 @@ void LoadTask::end(bool failed, const Status& why) {
   node_.progress().cancel(timer_);
   if (reads_) sources_[0]->result.reads = reads_->times(started_);
   reads_.reset();
-  departures_.reset();
-  publisher_.reset();
   // No GPU waits for what will not come. First: a copy may be queued behind such a wait.
   for (std::uint32_t layer = 0; layer < layers_; ++layer) {
     if (!milestones_->reached(layer)) raise_flag(layer);
   }
+  publisher_.reset();
   if (port_ != nullptr) {
     port_->withdraw(owner_);
   } else if (copier() != nullptr) {

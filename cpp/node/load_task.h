@@ -56,7 +56,7 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   void on_peer_closed(Link& link, const CloseLoad& message);
   void on_read_report(Link& link, const ReadReport& message);
   // Of what is published: Layer Blocks of this engine's cache.
-  void describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
+  bool describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
   void on_link_closed(Link& link, const Status& why) override;
   void on_stalled(const std::string& node) override;
   void abort(const Status& why) override { fail(why); }
@@ -148,11 +148,10 @@ class LoadTask : public NodeTask, public BlockSource, public std::enable_shared_
   std::unique_ptr<BlockReads> reads_;
   std::size_t decode_source_ = 0;  // 0: none
   std::uint64_t decode_grant_ = 0;
-  std::unique_ptr<LayerSender> publisher_;
+  std::unique_ptr<BlockSender> publisher_;
   DevicePort* port_ = nullptr;                     // of a cache in a GPU's memory; progress thread
   std::shared_ptr<CudaDevice> device_;             // with it; any thread
   std::optional<Landing> landing_;                 // with it
-  std::unique_ptr<Departures> departures_;         // of the publisher
   BouncePool::Piece flags_;                        // a word a layer, that GPUs wait for
   std::uint32_t flag_ = 0;                         // what it is when the layer is in place
   std::vector<std::shared_ptr<GateState>> gates_;  // of graphs that are replayed for this load

@@ -229,9 +229,11 @@ void NodeState::prepare(const PagedKv& cache) {
       if (rdma_) rdma_->registrations().find(pool->memory().data(), pool->memory().size());  // ahead: it takes a while
     }
     if (const NicSlots* nic = port->nic()) {
-      const auto memory = nic->slots.memory()->memory();
-      memory_->add(memory, nic->slots.owner());
-      nic->domain->registrations().add(memory, nic->registration);
+      for (const NicSlots::Side* side : {&nic->landing, &nic->departing}) {
+        const auto memory = side->slots.memory()->memory();
+        memory_->add(memory, side->slots.owner());
+        nic->domain->registrations().add(memory, side->registration);
+      }
     }
     ports_[cache.device()] = std::move(port);
   });
@@ -313,9 +315,12 @@ std::unique_ptr<NicSlots> NodeState::make_nic_slots(const std::shared_ptr<CudaDe
     if (const std::string why = device->missing_for_nics(); !why.empty()) {
       throw Error(Code::kUnsupported, text("gpu_rdma: GPU ", device->ordinal(), ": ", why));
     }
-    GpuSlots slots(device, geometry_, GpuSlots::Holds::kLayerBlock, bytes, "gpu_rdma");
-    auto registration = std::make_shared<RdmaRegistration>(domain->rails(), slots.memory(), domain->options());
-    return std::make_unique<NicSlots>(std::move(domain), std::move(slots), std::move(registration));
+    const auto side = [&] {
+      GpuSlots slots(device, geometry_, GpuSlots::Holds::kLayerBlock, bytes / 2, "half of gpu_rdma");
+      auto registration = std::make_shared<RdmaRegistration>(domain->rails(), slots.memory(), domain->options());
+      return NicSlots::Side{std::move(slots), std::move(registration)};
+    };
+    return std::make_unique<NicSlots>(domain, side(), side());
   } catch (const Error& error) {
     if (error.code() == Code::kInvalidArgument) throw;
     fallbacks_.count("no_gpu_rdma", error.status().message);

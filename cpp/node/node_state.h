@@ -108,6 +108,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   void on_closed(Link& link, const Status& why) override;
   void on_message(Link& link, std::span<const std::byte> message) override;
   void on_write_done(Link& link, std::uint64_t id, Outcome outcome) override;
+  void on_write_returned(Link& link, std::uint64_t id) override { sends_.on_write_returned(link, id); }
   void on_refused() override;
   void on_hostile() override;
   void on_fallback(const std::string& what) override;
@@ -133,7 +134,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   void check_verifiable(const PagedKv& cache, const CudaDevice& device);
   void pin_staging(const std::shared_ptr<CudaDevice>& device);
   std::unique_ptr<GpuStaging> make_gds(const std::shared_ptr<CudaDevice>& device);
-  // Null, and counted, where peers' NICs can't write to the device.
+  // Null, and counted, where NICs can't reach the device's memory.
   std::unique_ptr<NicSlots> make_nic_slots(const std::shared_ptr<CudaDevice>& device);
   const std::shared_ptr<RdmaDomain>& rdma();
   void dial(const std::shared_ptr<Dial>& dial, Transport::Connected done);

@@ -203,7 +203,7 @@ void ServeTask::send_layers(std::uint32_t block, LayerRange layers, const Slot& 
   }
 }
 
-void ServeTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) {
+bool ServeTask::describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) {
   const KvGeometry& geometry = node_.geometry();
   auto* slot = static_cast<std::byte*>(keep.get());
   out.block = block;
@@ -212,6 +212,7 @@ void ServeTask::describe(std::uint32_t layer, std::uint32_t block, const std::sh
   out.source[0] = {slot + geometry.layer_offset(layer), geometry.layer_bytes(layer)};
   out.extents = 1;
   out.keep = keep;
+  return true;
 }
 
 void ServeTask::credit(std::uint32_t layers) {

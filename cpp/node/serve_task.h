@@ -83,7 +83,7 @@ class ServeTask : public NodeTask,
   void arrived(const std::string& peer, std::uint32_t layer, std::uint32_t block, std::uint64_t checksum,
                Check check) override;
   // Of what is sent: `keep` is the slot the Layer Block lies in.
-  void describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
+  bool describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
 
  private:
   ServeTask(NodeState& node, std::shared_ptr<Link> link, const OpenLoad& open);

@@ -146,55 +146,36 @@ std::shared_ptr<SendTask> SendTask::begin(NodeState& node, const std::string& pe
   if (!link) throw Error(Code::kPeerLost, text("send_layers: node '", peer, "' is not connected"));
   node.know(request.source);
   std::shared_ptr<SendTask> task(new SendTask(node, std::move(request)));
-  task->sender_ = std::make_unique<LayerSender>(
-      node.sends(), link, task->request_.grant, task->request_.lane, *task,
-      [raw = task.get()](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
-        raw->on_sent(layer, blocks.size(), outcome);
-      });
-  task->port_ = node.port(*task->request_.source);
-  if (task->port_ != nullptr) {
-    task->departures_ = std::make_unique<Departures>(
-        node, *task->port_, *task->sender_,
-        [raw = task.get()](std::uint32_t layer, std::uint32_t index, std::span<Extent> out) {
-          return raw->request_.source->extents(layer, raw->request_.block_ids[index], out);
-        },
-        [raw = task.get()](const Status& status) { raw->end(status); });
-  }
+  task->sender_ = make_sender(
+      node, *task->request_.source, link, task->request_.grant, task->request_.lane, *task,
+      [raw = task.get()](std::uint32_t, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
+        raw->on_sent(blocks.size(), outcome);
+      },
+      [raw = task.get()](const Status& status) { raw->end(status); });
   node.add_task(task);
   task->timer_ = node.progress().at(Clock::now() + seconds(task->request_.deadline_s), [weak = std::weak_ptr(task)] {
     if (const auto self = weak.lock()) self->end({Code::kTimeout, 0, "send_layers: not complete by its deadline"});
   });
   const auto blocks = static_cast<std::uint32_t>(task->request_.block_ids.size());
-  for (std::uint32_t i = 0; i < range.count; ++i) {
-    if (task->departures_) task->departures_->add(range.first + i, 0, blocks);
-    if (!task->departures_) task->sender_->add(range.first + i, 0, blocks);
-  }
+  for (std::uint32_t i = 0; i < range.count; ++i) task->sender_->add(range.first + i, 0, blocks);
   // Checksums and sockets come after the caller is back at work.
   node.progress().post([weak = std::weak_ptr(task)] {
     const auto self = weak.lock();
-    if (self && self->departures_) return self->departures_->pump();
     if (self && self->sender_) self->sender_->pump();
   });
   return task;
 }
 
-void SendTask::describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep, WriteBlock& out) {
+bool SendTask::describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>&, WriteBlock& out) {
   out.block = request_.first_block + index;
-  if (keep) {  // where it departs from
-    out.source[0] = {static_cast<std::byte*>(keep.get()), node_.geometry().layer_bytes(layer)};
-    out.extents = 1;
-    out.keep = keep;
-  } else {
-    out.extents = static_cast<std::uint32_t>(request_.source->extents(layer, request_.block_ids[index], out.source));
-  }
-  const std::size_t at = (layer - request_.layers.first) * request_.block_ids.size() + index;
-  out.checksum = request_.checksums.empty() ? checksum(std::span<const Extent>(out.source).first(out.extents))
-                                            : request_.checksums[at];
+  out.extents = static_cast<std::uint32_t>(request_.source->extents(layer, request_.block_ids[index], out.source));
+  if (request_.checksums.empty()) return false;
+  out.checksum = request_.checksums[(layer - request_.layers.first) * request_.block_ids.size() + index];
+  return true;
 }
 
-void SendTask::on_sent(std::uint32_t layer, std::size_t blocks, Outcome outcome) {
+void SendTask::on_sent(std::size_t blocks, Outcome outcome) {
   left_ -= blocks;
-  if (departures_) departures_->sent(layer, blocks);
   if (!outcome.ok()) return end({outcome.code, 0, "send_layers: the peer refused a write; is the grant still valid?"});
   if (left_ == 0) end({});
 }
@@ -208,7 +189,6 @@ void SendTask::end(const Status& why) {
   if (std::exchange(ended_, true)) return;
   const auto keep = shared_from_this();
   node_.progress().cancel(timer_);
-  departures_.reset();
   sender_.reset();
   if (why.ok()) {
     operation_.milestones()->reach(0);

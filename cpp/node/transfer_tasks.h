@@ -66,18 +66,16 @@ class SendTask : public NodeTask, public BlockSource, public std::enable_shared_
   void end(const Status& why);
   void on_link_closed(Link& link, const Status& why) override;
   void abort(const Status& why) override { end(why); }
-  void describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep, WriteBlock& out) override;
+  bool describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep, WriteBlock& out) override;
 
  private:
   SendTask(NodeState& node, SendRequest request);
-  void on_sent(std::uint32_t layer, std::size_t blocks, Outcome outcome);
+  void on_sent(std::size_t blocks, Outcome outcome);
 
   NodeState& node_;
   const SendRequest request_;
   Operation operation_;
-  std::unique_ptr<LayerSender> sender_;
-  DevicePort* port_ = nullptr;              // of a source in a GPU's memory
-  std::unique_ptr<Departures> departures_;  // with it
+  std::unique_ptr<BlockSender> sender_;
   std::uint64_t left_ = 0;
   Progress::TimerId timer_ = 0;
   bool ended_ = false;

@@ -270,6 +270,12 @@ const RdmaRegistration* RdmaPath::hold(const Extent& extent, Held& held) {
   return held.back().get();
 }
 
+bool RdmaPath::up(Lane lane) const {
+  const auto first = places_.begin() + static_cast<std::ptrdiff_t>(lane) * options_.channels_per_lane;
+  return std::any_of(first, first + options_.channels_per_lane,
+                     [](const Place& place) { return place.state == State::kUp; });
+}
+
 bool RdmaPath::write(const LayerWrite& write) {
   std::size_t best = places_.size();
   const std::size_t first = static_cast<std::size_t>(write.lane) * options_.channels_per_lane;

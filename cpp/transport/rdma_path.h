@@ -49,6 +49,8 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   void start(bool leads);
   void close();
 
+  // A queue pair of the lane is up.
+  bool up(Lane lane) const;
   // False if it must go inline. `write` must stay until the peer has answered, the path sent it inline, or withdraw().
   bool write(const LayerWrite& write);
   // Its memory is not read any more when this returns. False if the path does not have it.

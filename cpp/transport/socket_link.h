@@ -90,15 +90,16 @@ class SocketLink : public Link,
     return open_ && (lane_bytes(lane) == 0 || lane_bytes(lane) + bytes <= options_.window_bytes);
   }
 
+  bool nic_writes(Lane lane) const override { return path_ && path_->up(lane); }
+
   void write(LayerWrite write) override {
     const std::uint64_t bytes = write.blocks.size() * grants_.geometry().layer_bytes(write.layer);
     lane_bytes_[static_cast<int>(write.lane)] += bytes;
     stats_.bytes_sent[static_cast<int>(write.lane)] += bytes;
     const std::uint64_t id = write.id;
     Pending& pending = pending_.emplace(id, Pending{std::move(write), bytes, nullptr}).first->second;
-    if (path_ && path_->write(pending.write)) return;
-    if (path_) events_.on_fallback("rdma_inline");
-    send_frame(pending);
+    if (!path_) return send_frame(pending);
+    if (!path_->write(pending.write)) send_inline(id);
   }
 
   void withdraw(std::uint64_t owner) override {
@@ -192,6 +193,17 @@ class SocketLink : public Link,
     pending.channel->send(frame_of(pending.write));
   }
 
+  void give_back(std::uint64_t id) {
+    const auto node = pending_.extract(id);
+    const Pending& pending = node.mapped();
+    lane_bytes_[static_cast<int>(pending.write.lane)] -= pending.bytes;
+    stats_.bytes_sent[static_cast<int>(pending.write.lane)] -= pending.bytes;
+    // Posted: the path, or whoever writes, is in the middle of its work.
+    progress_.post([weak = weak_from_this(), id] {
+      if (const auto self = weak.lock(); self && self->open_) self->events_.on_write_returned(*self, id);
+    });
+  }
+
   Lane lane_of(const Channel& channel) const {
     const auto& high = lanes_[static_cast<int>(Lane::kHigh)];
     const bool found = std::any_of(high.begin(), high.end(), [&](const auto& each) { return each.get() == &channel; });
@@ -210,9 +222,11 @@ class SocketLink : public Link,
     events_.on_write_done(*this, id, outcome);
   }
   void send_inline(std::uint64_t id) override {
-    events_.on_fallback("rdma_inline");
     const auto found = pending_.find(id);
-    if (found != pending_.end()) send_frame(found->second);
+    if (found == pending_.end()) return;
+    if (found->second.write.nic_only()) return give_back(id);
+    events_.on_fallback("rdma_inline");
+    send_frame(found->second);
   }
   void written(Lane lane, const InboundWrite& write, Outcome outcome) override {
     last_received_ = Clock::now();

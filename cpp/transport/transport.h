@@ -1,6 +1,7 @@
 // Transport and Link: control messages, and one-sided writes of Layer Blocks with a notification per block.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -26,6 +27,7 @@ struct WriteBlock {
   std::array<Extent, PagedKv::kMaxPlanes> source{};
   std::uint32_t extents = 0;
   std::shared_ptr<void> keep;
+  bool nic_only = false;  // the CPU can't read it: in a GPU's memory
 };
 
 // Blocks of one layer to one grant, at most kMaxWriteBlocks.
@@ -36,6 +38,10 @@ struct LayerWrite {
   std::uint32_t layer = 0;
   Lane lane = Lane::kLow;
   std::vector<WriteBlock> blocks;
+
+  bool nic_only() const {
+    return std::any_of(blocks.begin(), blocks.end(), [](const WriteBlock& block) { return block.nic_only; });
+  }
 };
 
 class Link {
@@ -48,7 +54,9 @@ class Link {
   // False if the lane's window has no room for so many bytes (ask again after an on_write_done) or the link is closed.
   // An idle lane takes a write of any size, or a block larger than the window could never be sent.
   virtual bool can_write(Lane lane, std::uint64_t bytes) const = 0;
-  // Only after can_write() said yes.
+  // True if a NIC would make writes of the lane now.
+  virtual bool nic_writes(Lane) const { return false; }
+  // Only after can_write() said yes. What is nic_only comes back by on_write_returned if no NIC makes it.
   virtual void write(LayerWrite write) = 0;
   // Gives the source memory of the owner's writes back at once: what has not left is dropped, no on_write_done
   // follows.
@@ -69,6 +77,9 @@ class LinkEvents {
   virtual void on_message(Link& link, std::span<const std::byte> message) = 0;
   // The peer has verified (or refused) a write; its window space is free again.
   virtual void on_write_done(Link& link, std::uint64_t id, Outcome outcome) = 0;
+  // A nic_only write that no NIC makes, or whose NIC failed: nothing reads its memory any more, and the peer may have
+  // got none, some or all of it.
+  virtual void on_write_returned(Link& link, std::uint64_t id) = 0;
   virtual void on_refused() = 0;  // a connection that did not prove itself
   virtual void on_hostile() = 0;  // a frame no peer would send; its connection is closed
   virtual void on_fallback(const std::string& what) = 0;

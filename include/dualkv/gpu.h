@@ -28,8 +28,9 @@ struct GpuOptions {
   // Memory of each GPU that this node's storage reads for it come to, past the host's memory, by cuFile (GPUDirect
   // Storage): they are copied on, and verified, within the GPU. 0 = reads come to the staging.
   std::uint64_t gds_bytes = 0;
-  // Memory of each GPU that peers' NICs write to, past the host's memory (GPUDirect RDMA: by dma-buf or
-  // nvidia-peermem): verified there, and copied on within the GPU. 0 = what they write comes to pinned memory.
+  // Memory of each GPU, half that peers' NICs write to, half that this node's read, past the host's memory (GPUDirect
+  // RDMA: by dma-buf or nvidia-peermem): what comes is verified there, and copied on within the GPU; what goes is
+  // copied and summed up there. 0 = both go by pinned memory.
   std::uint64_t rdma_bytes = 0;
 };
 
@@ -58,8 +59,9 @@ struct GpuStats {
   std::uint64_t bounce_bytes = 0;      // of both pools
   std::uint64_t gds_slots_bytes = 0;   // memory of the GPU that storage reads come to
   std::uint64_t gds_bytes = 0;         // that came that way and were found right
-  std::uint64_t rdma_slots_bytes = 0;  // memory of the GPU that peers' NICs write to
+  std::uint64_t rdma_slots_bytes = 0;  // memory of the GPU that NICs write to and read
   std::uint64_t rdma_bytes = 0;        // that came that way and were found right
+  std::uint64_t rdma_sent_bytes = 0;   // that went that way, and peers acknowledged
   bool rdma_by_dma_buf = false;        // else by nvidia-peermem
 };
 

@@ -1,5 +1,6 @@
-// RDMA straight into a GPU's memory: what peers write lands in its slots, is verified there, and goes on; what goes
-// wrong on the way. On the stand-in of CUDA's driver; but for the last, needs an RDMA device (make rdma).
+// RDMA straight into a GPU's memory and out of it: what peers write lands in its slots, is verified there, and goes on;
+// what they are sent leaves from others; what goes wrong on the way. On the stand-in of CUDA's driver; but for the
+// last, needs an RDMA device (make rdma).
 #include <atomic>
 #include <memory>
 #include <set>
@@ -34,7 +35,7 @@ class GpuRdmaTestBase : public NodeTestBase, public ::testing::Test {
 
   NodeOptions direct(std::uint32_t slots = kBlocks * 4) {
     NodeOptions pe = options("pe");
-    pe.gpu.rdma_bytes = slots * std::uint64_t{7424};
+    pe.gpu.rdma_bytes = 2 * slots * std::uint64_t{7424};
     pe.gpu.bounce_bytes = 4 << 20;  // little enough to be registered at once
     return pe;
   }
@@ -82,7 +83,7 @@ TEST_F(GpuRdmaTest, AllThatPeersWriteComesThatWayAndIsRight) {
     reach(by);
     start_all(direct());
     EXPECT_EQ(gpu().rdma_by_dma_buf, by == By::kDmaBuf);
-    EXPECT_GE(gpu().rdma_slots_bytes, kBlocks * 4 * 7424u);
+    EXPECT_GE(gpu().rdma_slots_bytes, 2 * kBlocks * 4 * 7424u);
     const int before = flushes();
     for (int round = 1; round <= 2; ++round) {  // the slots come back
       const TestCache cache(geometry_, kBlocks, device_);
@@ -195,6 +196,134 @@ TEST_F(GpuRdmaTest, AGrantIsFilledThatWay) {
     EXPECT_EQ(gpu().rdma_bytes - before, hit_bytes());
     EXPECT_TRUE(sent.wait(in(1)).ok());
   }
+}
+
+// From a GPU's cache to one of the host, by pe_'s NIC.
+class GpuRdmaSendTest : public GpuRdmaTestBase {
+ protected:
+  void SetUp() override {
+    GpuRdmaTestBase::SetUp();
+    if (IsSkipped()) return;
+    from_.emplace(geometry_, kBlocks, device_);
+    for (std::uint32_t i = 0; i < kBlocks; ++i) from_->fill(i, i + 1);
+  }
+  // All of it, to memory that the peer's NIC has not seen.
+  Status send(std::optional<TestCache>& to) {
+    to.emplace(geometry_, kBlocks);
+    const Grant grant = de_->grant("pe", to->paged(), iota_ids(kBlocks), 10);
+    SendRequest request;
+    request.grant = grant.id();
+    request.source = from_->paged();
+    request.block_ids = iota_ids(kBlocks);
+    request.layers = {0, geometry_.layers()};
+    request.deadline_s = 10;
+    const auto sent = pe_->peer("de").send_layers(request);
+    if (const Status status = grant.wait(geometry_.layers() - 1, in(10)); !status.ok()) return status;
+    return sent.wait(in(10));
+  }
+  std::uint64_t left() const { return gpu().rdma_sent_bytes; }
+
+  std::optional<TestCache> from_;
+};
+
+TEST_F(GpuRdmaSendTest, AllThatPeersAreSentLeavesThatWayAndIsRight) {
+  for (const By by : {By::kDmaBuf, By::kPeerMemory}) {
+    reach(by);
+    start_all(direct());
+    for (int round = 1; round <= 2; ++round) {  // the slots come back
+      std::optional<TestCache> to;
+      const Status status = send(to);
+      ASSERT_TRUE(status.ok()) << status.message;
+      expect_right(*to);
+      EXPECT_EQ(left(), round * hit_bytes());
+    }
+    EXPECT_EQ(gpu().from_gpu.bytes, 0u) << "something went by pinned memory";
+    EXPECT_EQ(fallbacks("gpu_rdma_returned"), 0u);
+    expect_all_free();
+    pe_.reset();
+    de_.reset();
+  }
+}
+
+TEST_F(GpuRdmaSendTest, WhatAnEnginePublishesLeavesThatWay) {
+  start_all(direct());
+  run_whole(decode_);
+  EXPECT_EQ(gpu().from_gpu.bytes, 0u);
+  EXPECT_EQ(left(), 2 * geometry_.block_bytes()) << "what is new; the decode node read the rest itself";
+  EXPECT_EQ(de_->stats().links.at(0).writes_corrupt, 0u);
+  PrefillOnly prefill;
+  run_whole(prefill);
+  EXPECT_EQ(left(), (2 + kBlocks + 2) * geometry_.block_bytes());
+  EXPECT_EQ(gpu().from_gpu.bytes, 0u);
+}
+
+TEST_F(GpuRdmaSendTest, WithNoSlotLeftItGoesByPinnedMemory) {
+  start_all(direct(3));
+  std::optional<TestCache> to;
+  const Status status = send(to);
+  ASSERT_TRUE(status.ok()) << status.message;
+  expect_right(*to);
+  EXPECT_GT(left(), 0u);
+  EXPECT_GT(gpu().from_gpu.bytes, 0u);
+  EXPECT_EQ(left() + gpu().from_gpu.bytes, hit_bytes());
+}
+
+TEST_F(GpuRdmaSendTest, WhatAFailedQueuePairHadGoesByPinnedMemory) {
+  start_all(direct());
+  for (std::uint64_t round = 1; round <= 2; ++round) {
+    std::optional<TestCache> to;
+    {
+      std::atomic<int> posts{0};
+      const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) { return carries_data(wr) && posts++ > 0 ? ENOMEM : 0; });
+      const Status status = send(to);
+      ASSERT_TRUE(status.ok()) << status.message;
+    }
+    expect_right(*to);
+    EXPECT_EQ(fallbacks("gpu_rdma_returned"), round);
+    ASSERT_TRUE(eventually([&] { return pe_->stats().links.at(0).rdma.queue_pairs_up == 4; }));
+    const std::uint64_t before = left();
+    ASSERT_TRUE(send(to).ok());
+    expect_right(*to);
+    EXPECT_EQ(left() - before, hit_bytes()) << "slots are missing";
+  }
+  expect_all_free();
+}
+
+TEST_F(GpuRdmaSendTest, WhatIsWrongOnTheWayIsFoundByThePeer) {
+  start_all(direct());
+  std::atomic<int> posts{0};
+  std::optional<TestCache> to;
+  {
+    const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) {
+      // The wrong bytes of its slots.
+      if (carries_data(wr) && posts++ == 0) wr->sg_list[0].addr += 64;
+      return 0;
+    });
+    EXPECT_EQ(send(to).code, Code::kCorrupt);
+  }
+  EXPECT_EQ(de_->stats().links.at(0).writes_corrupt, 1u);
+  EXPECT_LT(left(), hit_bytes());
+  ASSERT_TRUE(send(to).ok());
+  expect_right(*to);
+  expect_all_free();
+}
+
+TEST_F(GpuRdmaSendTest, APeerWithoutRegisteredMemoryGetsItAllTheSame) {
+  start_all(direct());
+  // The peer clears nothing: every write is refused.
+  std::optional<TestCache> to;
+  auto* real = verbs()->reg_mr_iova2;
+  verbs()->reg_mr_iova2 = [](ibv_pd*, void*, std::size_t, std::uint64_t, unsigned) -> ibv_mr* {
+    errno = ENOMEM;
+    return nullptr;
+  };
+  const Status status = send(to);
+  verbs()->reg_mr_iova2 = real;
+  ASSERT_TRUE(status.ok()) << status.message;
+  expect_right(*to);
+  EXPECT_EQ(left(), 0u);
+  EXPECT_EQ(gpu().from_gpu.bytes, hit_bytes());
+  EXPECT_EQ(fallbacks("gpu_rdma_returned"), 1u);
 }
 
 TEST_F(GpuRdmaTest, ANicThatDoesNotReachTheGpuIsSaid) {

@@ -1,7 +1,7 @@
 // What peers write for a GPU's cache: when it is looked at, who is told, and that one copy at most goes to a place. On
 // the stand-in of CUDA's driver, whose kernels can be held up.
 #include "base/hash.h"
-#include "node/device_port.h"
+#include "gpu_support.h"
 #include "node/node_state.h"
 #include "node_support.h"
 
@@ -10,39 +10,17 @@ namespace {
 
 constexpr std::uint64_t kBytes = 6400;
 
-template <typename Call>
-Call driver_call(const char* name) {
-  return reinterpret_cast<Call>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), name));
-}
-
-// Kernels of the stand-in wait while there is one.
-class HeldKernels {
- public:
-  HeldKernels() { hold(true); }
-  ~HeldKernels() { hold(false); }
-
- private:
-  static void hold(bool held) { driver_call<void (*)(bool)>("stand_in_hold")(held); }
-};
-
-std::string why_not() {
-  if (find_cufile() == nullptr) return "a real driver: the test holds up and writes as only the stand-in lets it";
-  return CudaDevice::open(0)->missing(GpuCopy::kKernel);
-}
-
 class LandingTest : public NodeTestBase, public ::testing::Test {
  protected:
   LandingTest() : NodeTestBase("loopback", KvGeometry({kBytes, 6912}, 16, "test/model"), 0) {}
 
   void SetUp() override {
-    if (const std::string why = why_not(); !why.empty()) GTEST_SKIP() << why;
+    if (const std::string why = no_stand_in(); !why.empty()) GTEST_SKIP() << why;
     state_ = std::make_shared<NodeState>(geometry_, options("pe"));
     state_->start();
-    const auto device = CudaDevice::open(0);
-    auto slots = std::make_unique<NicSlots>(
-        NicSlots{nullptr, GpuSlots(device, geometry_, GpuSlots::Holds::kLayerBlock, 4 * 6912, "test"), nullptr});
-    slots_ = &slots->slots;
-    port_ = std::make_unique<DevicePort>(*state_, device, nullptr, std::move(slots));
+    auto slots = test_slots(geometry_, 4);
+    slots_ = slots.get();
+    port_ = std::make_unique<DevicePort>(*state_, CudaDevice::open(0), nullptr, std::move(slots));
     on_progress([&] { landing_.emplace(*port_, 7); });
     for (std::size_t i = 0; i < kBytes; ++i) right_[i] = static_cast<std::byte>(i * 7);
     sum_ = checksum({right_.data(), kBytes});
@@ -52,7 +30,7 @@ class LandingTest : public NodeTestBase, public ::testing::Test {
     on_progress([&] {
       port_->withdraw(7);
       landing_.reset();
-      EXPECT_EQ(free_slots(), 4);
+      EXPECT_EQ(free_here(), 4u);
       port_.reset();
     });
     state_->close();
@@ -62,11 +40,7 @@ class LandingTest : public NodeTestBase, public ::testing::Test {
   void on_progress(Task task) {
     state_->progress().run(task);
   }
-  int free_slots() {
-    std::vector<FreePieces::Piece> taken;
-    while (auto piece = slots_->take()) taken.push_back(std::move(piece));
-    return static_cast<int>(taken.size());
-  }
+  std::uint32_t free_here() { return free_slots(slots_->landing); }
   // Where a NIC may write; null: nowhere.
   std::byte* ask(Writer writer = Writer::kNic) {
     std::byte* at = nullptr;
@@ -103,7 +77,7 @@ class LandingTest : public NodeTestBase, public ::testing::Test {
 
   std::shared_ptr<NodeState> state_;
   std::unique_ptr<DevicePort> port_;
-  GpuSlots* slots_ = nullptr;
+  NicSlots* slots_ = nullptr;
   std::optional<Landing> landing_;
   std::array<std::byte, kBytes> right_;
   std::uint64_t sum_ = 0;
@@ -152,8 +126,8 @@ TEST_F(LandingTest, ALateVerdictOfWhatAnotherBringsIsNobodys) {
     EXPECT_NE(second, first) << "which is being looked at";
   }
   ASSERT_TRUE(eventually([&] {
-    int free = 0;
-    on_progress([&] { free = free_slots(); });
+    std::uint32_t free = 0;
+    on_progress([&] { free = free_here(); });
     return free == 3;
   }));
   EXPECT_EQ(told(), 0u);
@@ -170,14 +144,14 @@ TEST_F(LandingTest, WhatComesInlineInTheEndIsNotWhereANicMayWrite) {
   std::byte* pinned = ask(Writer::kCpu);
   EXPECT_NE(pinned, nullptr);
   EXPECT_NE(pinned, slot);
-  on_progress([&] { EXPECT_EQ(free_slots(), 3); });
+  on_progress([&] { EXPECT_EQ(free_here(), 3u); });
 }
 
 class OneCopyTest : public NodeTestBase, public ::testing::Test {
  protected:
   OneCopyTest() : NodeTestBase("tcp", KvGeometry({6400, 6912, 7424, 320}, 16, "test/model"), 0) {}
   void SetUp() override {
-    if (const std::string why = why_not(); !why.empty()) GTEST_SKIP() << why;
+    if (const std::string why = no_stand_in(); !why.empty()) GTEST_SKIP() << why;
     gpu_.copy = GpuCopy::kKernel;
   }
 };

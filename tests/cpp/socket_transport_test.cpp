@@ -19,6 +19,7 @@ struct Opened : LinkEvents {
   void on_closed(Link&, const Status&) override {}
   void on_message(Link&, std::span<const std::byte>) override {}
   void on_write_done(Link&, std::uint64_t, Outcome) override {}
+  void on_write_returned(Link&, std::uint64_t) override {}
   void on_refused() override { ++refused; }
   void on_hostile() override {}
   void on_fallback(const std::string&) override {}

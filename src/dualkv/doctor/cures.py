@@ -98,9 +98,14 @@ FALLBACKS = {
         "GPUDirect",
     ),
     "no_gpu_rdma": Fallback(
-        "gpu_rdma is on, and NICs can't write to the GPU, or it can't verify them: peers' writes come to pinned memory",
+        "gpu_rdma is on, and NICs don't reach the GPU's memory, or it can't sum it up: both ways go by pinned memory",
         "a NIC and a kernel with dma-buf (Linux 5.12, the open NVIDIA kernel modules) or `modprobe nvidia-peermem`; a "
         "wheel that was built where nvcc is found, Layer Blocks of whole 64 bytes; gpu_rdma=0 turns it off",
+        "GPUDirect",
+    ),
+    "gpu_rdma_returned": Fallback(
+        "what was to leave a GPU by a NIC did not, and went by pinned memory: no queue pair, or unregistered memory",
+        "`last_failure` of the link's rdma in Node.stats() says why",
         "GPUDirect",
     ),
     "gpu_failed": Fallback(
