@@ -115,6 +115,8 @@ py::dict to_dict(const GpuStats& s) {
   out["rdma_slots_bytes"] = s.rdma_slots_bytes;
   out["rdma_bytes"] = s.rdma_bytes;
   out["rdma_sent_bytes"] = s.rdma_sent_bytes;
+  out["to_gpu_by_nic"] = s.to_gpu_by_nic;
+  out["from_gpu_by_nic"] = s.from_gpu_by_nic;
   out["rdma_by_dma_buf"] = s.rdma_by_dma_buf;
   return out;
 }

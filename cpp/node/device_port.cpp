@@ -41,7 +41,15 @@ DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std:
       within_(node.shared_progress(), device_, HostSide::kNone, node.options().gpu.copy, node.counter()),
       landing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       departing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
-      flags_(flags_of(device_, node.geometry().layers())) {}
+      flags_(flags_of(device_, node.geometry().layers())) {
+  if (node.copier() == nullptr) return;
+  if (!nic_) {
+    node.on_fallback("copy_by_gpu");
+    return;
+  }
+  nic_in_.emplace(*node.copier(), nic_->landing.slots, within_, to_gpu_, HostSide::kFrom, node.counter());
+  nic_out_.emplace(*node.copier(), nic_->departing.slots, within_, from_gpu_, HostSide::kTo, node.counter());
+}
 
 GpuStats DevicePort::stats() const {
   GpuStats stats{device_->ordinal(), device_->name(), to_gpu_.stats(), from_gpu_.stats(), within_.stats(), {}};
@@ -56,21 +64,26 @@ GpuStats DevicePort::stats() const {
   }
   stats.rdma_bytes = nic_bytes_;
   stats.rdma_sent_bytes = nic_sent_bytes_;
+  if (nic_in_) stats.to_gpu_by_nic = nic_in_->bytes();
+  if (nic_out_) stats.from_gpu_by_nic = nic_out_->bytes();
   return stats;
 }
 
 void DevicePort::withdraw(std::uint64_t owner) {
-  to_gpu_.withdraw(owner);
+  in().withdraw(owner);
   within_.withdraw(owner);
 }
 
 void DevicePort::copy_in(const Extent& from, bool on_gpu, std::span<const Extent> to, std::uint64_t owner,
                          std::shared_ptr<void> keep, std::uint64_t checksum, Copier::Done done) {
-  CudaCopier& copier = on_gpu ? within_ : to_gpu_;
-  if (verify_ && copier.can_verify(to)) {
-    return copier.copy_verified({&from, 1}, to, owner, std::move(keep), checksum, std::move(done));
-  }
-  copier.copy({&from, 1}, to, owner, std::move(keep), std::move(done));
+  const bool verify = verify_ && to_gpu_.can_verify(to);
+  const auto by = [&](auto& copier) {
+    if (verify) return copier.copy_verified({&from, 1}, to, owner, std::move(keep), checksum, std::move(done));
+    copier.copy({&from, 1}, to, owner, std::move(keep), std::move(done));
+  };
+  if (on_gpu) return by(within_);
+  if (nic_in_) return by(*nic_in_);
+  by(to_gpu_);
 }
 
 GrantSink::Target Landing::target(std::uint64_t at, std::uint64_t bytes, Writer writer, std::span<Extent> out,

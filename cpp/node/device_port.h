@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #include "memory/gpu_staging.h"
 #include "node/layer_sender.h"
 #include "rdma/domain.h"
+#include "rdma/gpu_nic_copier.h"
 #include "transport/grants.h"
 
 namespace dualkv {
@@ -43,8 +45,10 @@ class DevicePort {
              std::unique_ptr<NicSlots> nic);
 
   CudaDevice& device() { return *device_; }
-  CudaCopier& to_gpu() { return to_gpu_; }
   CudaCopier& from_gpu() { return from_gpu_; }
+  // Between the host and a cache, as NodeOptions::copy says: by the GPU itself or the NIC.
+  Copier& in() { return nic_in_ ? static_cast<Copier&>(*nic_in_) : to_gpu_; }
+  Copier& out() { return nic_out_ ? static_cast<Copier&>(*nic_out_) : from_gpu_; }
   CudaCopier& within() { return within_; }
   // From another GPU's memory; null until there is one.
   CudaCopier* from_gpu(int ordinal) const {
@@ -82,6 +86,7 @@ class DevicePort {
   std::uint64_t nic_bytes_ = 0, nic_sent_bytes_ = 0;
   CudaCopier to_gpu_, from_gpu_, within_;
   std::map<int, std::unique_ptr<CudaCopier>> from_gpus_;  // others, by ordinal
+  std::optional<GpuNicCopier> nic_in_, nic_out_;
   BouncePool landing_, departing_;
   const std::shared_ptr<BouncePool> flags_;
 };

@@ -271,7 +271,7 @@ void LoadTask::read_again(std::uint32_t block, std::uint32_t layer) {
 }
 
 Copier* LoadTask::copier() const {
-  if (port_ != nullptr) return &port_->to_gpu();
+  if (port_ != nullptr) return &port_->in();
   return node_.copier();
 }
 

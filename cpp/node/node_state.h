@@ -64,7 +64,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   // Transfers will touch it: a NIC may be told of it, for as long as it lives. Progress thread.
   void know(const std::shared_ptr<const PagedKv>& cache);
   SendQueue& sends() { return sends_; }
-  // Null: the CPU copies. Progress thread.
+  // Null: the CPU copies, or a GPU. The same from start() to the end.
   NicCopier* copier() { return copier_.get(); }
   // Before transfers of this cache: see Node::prepare. Any thread but the progress thread.
   void prepare(const PagedKv& cache);

@@ -209,8 +209,8 @@ Copier* CopyTask::choose_copier() const {
   if (!from.on_host() && !to.on_host()) {
     return from.device() == to.device() ? &node_.port(to)->within() : node_.port(to)->from_gpu(from.device());
   }
-  if (!to.on_host()) return &node_.port(to)->to_gpu();
-  if (!from.on_host()) return &node_.port(from)->from_gpu();
+  if (!to.on_host()) return &node_.port(to)->in();
+  if (!from.on_host()) return &node_.port(from)->out();
   return node_.copier();
 }
 

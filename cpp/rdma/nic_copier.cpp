@@ -56,16 +56,23 @@ void NicCopier::connect_later() {
 
 void NicCopier::copy(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
                      std::shared_ptr<void> keep, Done done) {
-  Job job{{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, {}};
+  begin({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, {}});
+}
+
+void NicCopier::copy_or_fail(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
+                             std::shared_ptr<void> keep, Done done) {
+  begin({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, {}, /*only_by_nic=*/true});
+}
+
+void NicCopier::begin(Job job) {
   if (enqueue(job)) {
     if (jobs_.empty()) progress_at_ = Clock::now();
     jobs_.push_back(std::move(job));
     if (watch_ == 0) watch();
     return flush_later();
   }
-  note_("copy_by_cpu");
-  copy_by_cpu(job);
-  job.done({});
+  give_up(job);
+  job.done(job.status);
 }
 
 bool NicCopier::enqueue(Job& job) {
@@ -97,7 +104,12 @@ bool NicCopier::enqueue(Job& job) {
   return true;
 }
 
-void NicCopier::copy_by_cpu(const Job& job) {
+void NicCopier::give_up(Job& job) {
+  if (job.only_by_nic) {
+    job.status = {Code::kUnsupported, 0, "the NIC's queue pair is not up, or the memory is not registered"};
+    return;
+  }
+  note_("copy_by_cpu");
   dualkv::copy(job.from.span(), job.to.span());
   stats_.bytes_by_cpu += job.from.bytes();
 }
@@ -152,8 +164,7 @@ void NicCopier::reset(std::uint64_t except) {
   posted_ = 0;
   for (Job& job : std::exchange(jobs_, {})) {
     if (job.owner == except) continue;
-    note_("copy_by_cpu");
-    copy_by_cpu(job);
+    give_up(job);
     finish_later(std::move(job));
   }
   connect_later();
@@ -166,7 +177,7 @@ void NicCopier::finish_later(Job job) {
     if (alive.expired() || finished_.empty()) return;
     const Job job = std::move(finished_.front());
     finished_.pop_front();
-    job.done({});
+    job.done(job.status);
   });
 }
 

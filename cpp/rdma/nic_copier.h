@@ -28,6 +28,9 @@ class NicCopier : public Copier, public QueuePair::Events {
 
   void copy(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner, std::shared_ptr<void> keep,
             Done done) override;
+  // As copy(), of memory that the CPU can't reach: what the NIC can't copy, `done` says.
+  void copy_or_fail(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
+                    std::shared_ptr<void> keep, Done done);
   void withdraw(std::uint64_t owner) override;
   CopyStats stats() const;
 
@@ -38,16 +41,20 @@ class NicCopier : public Copier, public QueuePair::Events {
  private:
   struct Job : CopyJob {
     std::vector<std::shared_ptr<const RdmaRegistration>> held;
+    bool only_by_nic = false;
     std::uint64_t last = 0;  // it is copied when so many requests have left the queue pair
+    Status status;           // once it is over
   };
 
   void connect();
   void connect_later();
   bool enqueue(Job& job);
-  void copy_by_cpu(const Job& job);
+  void begin(Job job);
+  // The CPU copies it, if it may.
+  void give_up(Job& job);
   void flush_later();
   void flush();
-  // Ends the queue pair. The CPU copies what was under way, but for the owner's.
+  // Ends the queue pair, and gives up what was under way, but for the owner's.
   void reset(std::uint64_t except);
   void finish_later(Job job);
   void watch();
@@ -63,7 +70,7 @@ class NicCopier : public Copier, public QueuePair::Events {
   Progress::TimerId watch_ = 0;  // while copies are under way
   Clock::time_point progress_at_{};
   std::deque<Job> jobs_;      // in order
-  std::deque<Job> finished_;  // copied by the CPU, to be told
+  std::deque<Job> finished_;  // given up, to be told
   WriteChain pending_;
   std::size_t posted_ = 0;  // of pending_
   bool flushing_ = false;

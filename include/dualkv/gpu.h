@@ -62,7 +62,9 @@ struct GpuStats {
   std::uint64_t rdma_slots_bytes = 0;  // memory of the GPU that NICs write to and read
   std::uint64_t rdma_bytes = 0;        // that came that way and were found right
   std::uint64_t rdma_sent_bytes = 0;   // that went that way, and peers acknowledged
-  bool rdma_by_dma_buf = false;        // else by nvidia-peermem
+  std::uint64_t to_gpu_by_nic = 0;     // of host memory, by this node's NIC (NodeOptions::copy)
+  std::uint64_t from_gpu_by_nic = 0;
+  bool rdma_by_dma_buf = false;  // else by nvidia-peermem
 };
 
 struct GpuInfo {

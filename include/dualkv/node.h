@@ -34,7 +34,9 @@ struct LaneOptions {
 // What copies Layer Blocks within a node.
 enum class CopyEngine : std::uint8_t {
   kCpu,  // the progress thread
-  kNic,  // the NIC, by a write to itself on the LOW lane, so that copies delay the model's traffic no more than KV does
+  // The NIC, by a write to itself on the LOW lane, so that copies delay the model's traffic no more than KV does. To
+  // and from a GPU's memory by slots there: with GpuOptions::rdma_bytes.
+  kNic,
 };
 
 struct CopyStats {
@@ -54,7 +56,7 @@ struct NodeOptions {
   std::string secret;  // shared by all peers; required to listen on or connect to another host
   std::uint32_t connections_per_lane = 2;  // tcp; rdma: and queue pairs
   RdmaOptions rdma;
-  CopyEngine copy = CopyEngine::kCpu;  // staging to cache, and copy(), in host memory; kNic needs an RDMA device
+  CopyEngine copy = CopyEngine::kCpu;  // staging to cache, and copy(); kNic needs an RDMA device
   GpuOptions gpu;
   LaneOptions lanes[kLaneCount] = {{8, 1, 2}, {46, 6, 0}};     // LOW: CS1; HIGH: EF
   std::uint64_t write_frame_bytes = std::uint64_t{1} << 20;    // most bytes one write frame carries

@@ -592,8 +592,8 @@ class Node:
         """Copies blocks ``source_ids[i]`` of one cache to ``target_ids[i]`` of another, within this node, by layers.
 
         By the engine that the option ``copy`` chose: the CPU (the progress thread, a part at a time), or the NIC, by a
-        write to itself on the LOW lane. Where one is a GPU's memory, that GPU copies; from one GPU to another, the one
-        that gets the bytes. Returns at once, but for the first copy with a GPU; both caches must not change until it is
+        write to itself on the LOW lane. Where one is a GPU's memory, that GPU copies, or, with ``gpu_rdma``, the NIC
+        between the host and a slot there; from one GPU to another, the one that gets the bytes. Returns at once, but for the first copy with a GPU; both caches must not change until it is
         done. Dropping the operation ends it, with any part copied.
 
         Args:

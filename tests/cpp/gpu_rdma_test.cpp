@@ -326,6 +326,131 @@ TEST_F(GpuRdmaSendTest, APeerWithoutRegisteredMemoryGetsItAllTheSame) {
   EXPECT_EQ(fallbacks("gpu_rdma_returned"), 1u);
 }
 
+// Copies within a node to a GPU and back, by its NIC.
+class GpuNicCopyTest : public GpuRdmaTestBase {
+ protected:
+  void SetUp() override {
+    GpuRdmaTestBase::SetUp();
+    if (IsSkipped()) return;
+    for (std::uint32_t i = 0; i < kBlocks; ++i) host_.fill(i, i + 1);
+  }
+  // Until the NIC copies.
+  void start_copying(NodeOptions pe) {
+    pe.copy = CopyEngine::kNic;
+    pe.rdma.stall_s = 0.3;
+    start_all(pe);
+    TestCache to(geometry_, kBlocks, device_);
+    ASSERT_TRUE(eventually([&] {
+      EXPECT_TRUE(copy(host_, to).ok());
+      return gpu().to_gpu_by_nic > 0;
+    }));
+  }
+  Status copy(const TestCache& from, const TestCache& to) {
+    return pe_->copy({from.paged(), iota_ids(kBlocks), to.paged(), iota_ids(kBlocks), {0, geometry_.layers()}})
+        .wait(in(10));
+  }
+
+  TestCache host_{geometry_, kBlocks};
+};
+
+TEST_F(GpuNicCopyTest, EveryByteThereAndBack) {
+  start_copying(direct());
+  const GpuStats before = gpu();
+  const TestCache there(geometry_, kBlocks, device_), back(geometry_, kBlocks);
+  ASSERT_TRUE(copy(host_, there).ok());
+  expect_right(there);
+  ASSERT_TRUE(copy(there, back).ok());
+  expect_right(back);
+  EXPECT_EQ(gpu().to_gpu_by_nic - before.to_gpu_by_nic, hit_bytes());
+  EXPECT_EQ(gpu().from_gpu_by_nic, hit_bytes());
+  EXPECT_EQ(gpu().to_gpu.bytes, before.to_gpu.bytes);
+  EXPECT_EQ(gpu().from_gpu.bytes, 0u);
+}
+
+TEST_F(GpuNicCopyTest, LoadsAreExact) {
+  NodeOptions pe = direct();
+  pe.gpu.verify = true;
+  start_copying(pe);
+  const GpuStats before = gpu();
+  PrefillOnly prefill;
+  run_whole(prefill);
+  run_whole(prefill, 2);
+  Split split;
+  run_whole(split);
+  EXPECT_GE(gpu().to_gpu_by_nic - before.to_gpu_by_nic, 2 * hit_bytes());
+  EXPECT_EQ(gpu().to_gpu.bytes, before.to_gpu.bytes);
+  // But for the last layer, whose planes are not of whole 64 bytes.
+  EXPECT_GE(gpu().within.verified - before.within.verified, 3 * kBlocks * (geometry_.layers() - 1));
+}
+
+TEST_F(GpuNicCopyTest, WhatTheNicDoesNotTakeTheGpuCopies) {
+  start_copying(direct());
+  for (int round = 0; round < 2; ++round) {
+    const std::uint64_t before = fallbacks("copy_by_gpu");
+    const TestCache there(geometry_, kBlocks, device_), back(geometry_, kBlocks);
+    {
+      std::atomic<int> posts{0};
+      const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) {
+        if (!carries_data(wr)) return 0;
+        return posts++ > 0 ? ENOMEM : PostHook::kSwallow;
+      });
+      ASSERT_TRUE(copy(host_, there).ok());
+      ASSERT_TRUE(copy(there, back).ok());
+    }
+    expect_right(there);
+    expect_right(back);
+    EXPECT_GT(fallbacks("copy_by_gpu"), before);
+    const std::uint64_t by_nic = gpu().to_gpu_by_nic;
+    ASSERT_TRUE(eventually([&] {
+      EXPECT_TRUE(copy(host_, there).ok());
+      return gpu().to_gpu_by_nic > by_nic;
+    }));
+  }
+}
+
+TEST_F(GpuNicCopyTest, WithNoSlotLeftTheGpuCopies) {
+  start_copying(direct(3));
+  const GpuStats before = gpu();
+  const TestCache there(geometry_, kBlocks, device_), back(geometry_, kBlocks);
+  ASSERT_TRUE(copy(host_, there).ok());
+  ASSERT_TRUE(copy(there, back).ok());
+  expect_right(there);
+  expect_right(back);
+  const auto by_nic = gpu().to_gpu_by_nic - before.to_gpu_by_nic;
+  EXPECT_GT(by_nic, 0u);
+  EXPECT_EQ(by_nic + gpu().to_gpu.bytes - before.to_gpu.bytes, hit_bytes());
+  EXPECT_EQ(gpu().from_gpu_by_nic + gpu().from_gpu.bytes, hit_bytes());
+}
+
+TEST_F(GpuNicCopyTest, WhatIsWithdrawnTouchesTheCacheNoMore) {
+  start_copying(direct());
+  TestCache there(geometry_, kBlocks, device_);
+  for (int round = 0; round < 20; ++round) {
+    for (std::uint32_t i = 0; i < kBlocks; ++i) there.fill(i, 900);
+    std::optional<Operation> copying(
+        pe_->copy({host_.paged(), iota_ids(kBlocks), there.paged(), iota_ids(kBlocks), {0, geometry_.layers()}}));
+    copying.reset();
+    for (std::uint32_t i = 0; i < kBlocks; ++i) there.fill(i, 901);
+    const TestCache other(geometry_, kBlocks, device_);
+    ASSERT_TRUE(copy(host_, other).ok());
+    expect_right(other);
+    for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(there.holds(i, 901)) << round;
+  }
+}
+
+TEST_F(GpuNicCopyTest, WithoutSlotsItIsSaid) {
+  NodeOptions pe = direct();
+  pe.gpu.rdma_bytes = 0;
+  pe.copy = CopyEngine::kNic;
+  start_all(pe);
+  EXPECT_EQ(fallbacks("copy_by_gpu"), 1u);
+  const TestCache there(geometry_, kBlocks, device_);
+  ASSERT_TRUE(copy(host_, there).ok());
+  expect_right(there);
+  EXPECT_EQ(gpu().to_gpu_by_nic, 0u);
+  EXPECT_EQ(gpu().to_gpu.bytes, hit_bytes());
+}
+
 TEST_F(GpuRdmaTest, ANicThatDoesNotReachTheGpuIsSaid) {
   reach(By::kNothing);
   start_all(direct());

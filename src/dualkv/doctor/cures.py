@@ -56,6 +56,11 @@ FALLBACKS = {
         "a higher memlock limit; `dualkv doctor` on the RDMA port",
         "RDMA",
     ),
+    "copy_by_gpu": Fallback(
+        "copy='nic', and the GPU copied by itself: no slot of gpu_rdma, no queue pair, or host memory not registered",
+        "a larger gpu_rdma; a higher memlock limit; `dualkv doctor` on the RDMA port",
+        "RDMA",
+    ),
     "staging_not_pinned": Fallback(
         "the CUDA driver refused to pin the staging: copies to GPUs go through a buffer of the driver's",
         f"{_MEMLOCK}; less staging",
