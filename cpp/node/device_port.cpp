@@ -14,6 +14,7 @@ namespace dualkv {
 
 namespace {
 
+constexpr double kPinned = 1.0;                               // s by pinned memory, once a NIC took nothing
 constexpr double kRetry = 0.002;                              // s, where other tasks have all of the pinned memory
 constexpr std::uint64_t kFlagBytes = std::uint64_t{4} << 20;  // flags of some 16,000 loads of 64 layers
 
@@ -39,6 +40,7 @@ DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std:
       to_gpu_(node.shared_progress(), device_, HostSide::kFrom, node.options().gpu.copy, node.counter()),
       from_gpu_(node.shared_progress(), device_, HostSide::kTo, node.options().gpu.copy, node.counter()),
       within_(node.shared_progress(), device_, HostSide::kNone, node.options().gpu.copy, node.counter()),
+      leaving_(node.shared_progress(), device_, HostSide::kNone, node.options().gpu.copy, node.counter()),
       landing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       departing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       flags_(flags_of(device_, node.geometry().layers())) {
@@ -53,6 +55,7 @@ DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std:
 
 GpuStats DevicePort::stats() const {
   GpuStats stats{device_->ordinal(), device_->name(), to_gpu_.stats(), from_gpu_.stats(), within_.stats(), {}};
+  stats.within += leaving_.stats();
   for (const auto& [ordinal, copier] : from_gpus_) stats.from_gpus += copier->stats();
   stats.bounce_bytes = landing_.memory().size() + departing_.memory().size();
   if (gds_) stats.gds_slots_bytes = gds_->bytes();
@@ -155,7 +158,7 @@ Departures::Departures(NodeState& node, DevicePort& port, const std::shared_ptr<
 Departures::~Departures() {
   node_.progress().cancel(retry_);
   port_.from_gpu().withdraw(owner_);
-  port_.within().withdraw(owner_);
+  port_.leaving().withdraw(owner_);
 }
 
 void Departures::add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) {
@@ -163,11 +166,14 @@ void Departures::add(std::uint32_t layer, std::uint32_t first, std::uint32_t cou
 }
 
 void Departures::pump() {
+  for (auto& [write, again] : again_) {
+    if (!take_again(write, again)) return pump_later();
+  }
   const std::uint64_t window = 2 * node_.options().write_window_bytes;
   while (!queued_.empty() && under_way_ < window) {
     FreePieces::Piece piece;
-    if (port_.nic() != nullptr && !pinned_only_ && link().nic_writes(lane_))
-      piece = port_.nic()->departing.slots.take();
+    const bool by_nic = port_.nic() != nullptr && link().nic_writes(lane_) && Clock::now() >= pinned_until_;
+    if (by_nic) piece = port_.nic()->departing.slots.take();
     const bool on_gpu = piece != nullptr;
     if (!piece) piece = port_.departing().take();
     if (!piece) return pump_later();
@@ -193,14 +199,14 @@ void Departures::take(std::uint32_t layer, std::uint32_t index, const FreePieces
   const Extent to{piece.get(), node_.geometry().layer_bytes(layer)};
   Leaving& leaving = leaving_[key(layer, block.block)] = {index, piece, on_gpu, known || on_gpu, block.checksum};
   under_way_ += to.bytes;
-  const auto taken = [this, layer, number = block.block](const Status& status) {
+  const auto taken = [this, layer, number = block.block, on_gpu](const Status& status) {
     if (!status.ok()) return failed_(status);
-    sender_.add(layer, number, 1);
+    sender_.add(layer, number, 1, nullptr, on_gpu);
     send_later();
   };
   if (!on_gpu) return port_.from_gpu().copy(from, {&to, 1}, owner_, piece, taken);
-  if (known) return port_.within().copy(from, {&to, 1}, owner_, piece, taken);
-  port_.within().copy_summed(from, {&to, 1}, owner_, piece, leaving.checksum, taken);
+  if (known) return port_.leaving().copy(from, {&to, 1}, owner_, piece, taken);
+  port_.leaving().copy_summed(from, {&to, 1}, owner_, piece, leaving.checksum, taken);
 }
 
 // What one batch brought goes in as few frames as may be.
@@ -220,7 +226,6 @@ bool Departures::describe(std::uint32_t layer, std::uint32_t block, const std::s
   out.source[0] = {leaving.piece.get(), node_.geometry().layer_bytes(layer)};
   out.extents = 1;
   out.keep = std::move(leaving.piece);
-  out.nic_only = leaving.on_gpu;
   return leaving.summed;
 }
 
@@ -231,21 +236,47 @@ void Departures::on_sent(std::uint32_t layer, const std::vector<std::uint32_t>& 
     under_way_ -= bytes;
     if (gone.mapped().on_gpu && outcome.ok()) port_.add_nic_sent_bytes(bytes);
   }
+  // The peer had it all the same.
+  std::erase_if(again_, [&](const auto& item) { return item.second.layer == layer && item.second.blocks == blocks; });
   const auto alive = std::weak_ptr(alive_);
   const Sent sent = sent_;
   sent(layer, blocks, outcome);
   if (!alive.expired()) pump();
 }
 
-// By pinned memory from now on: what ails the NIC may ail it again, and each try costs a copy and a round trip.
-void Departures::on_returned(std::uint32_t layer, const std::vector<std::uint32_t>& blocks) {
-  if (!std::exchange(pinned_only_, true)) node_.on_fallback("gpu_rdma_returned");
-  for (const std::uint32_t block : blocks) {
-    const auto back = leaving_.extract(key(layer, block));
-    under_way_ -= node_.geometry().layer_bytes(layer);
-    add(layer, back.mapped().index, 1);
-  }
+// By pinned memory for a while: what ails the NIC may ail it again, and each try costs a copy and a round trip.
+void Departures::on_returned(std::uint64_t write, std::uint32_t layer, const std::vector<std::uint32_t>& blocks) {
+  node_.on_fallback("gpu_rdma_returned");
+  pinned_until_ = Clock::now() + to_duration(kPinned);
+  again_[write] = {layer, blocks};
   pump();
+}
+
+bool Departures::take_again(std::uint64_t write, Again& again) {
+  const std::uint64_t bytes = node_.geometry().layer_bytes(again.layer);
+  for (; again.next < again.blocks.size(); ++again.next) {
+    Leaving& leaving = leaving_.at(key(again.layer, again.blocks[again.next]));
+    leaving.piece = port_.departing().take();
+    if (!leaving.piece) return false;
+    leaving.on_gpu = false;  // its checksum it has
+    WriteBlock block;
+    source_.describe(again.layer, leaving.index, nullptr, block);
+    const Extent to{leaving.piece.get(), bytes};
+    port_.from_gpu().copy(std::span<const Extent>(block.source).first(block.extents), {&to, 1}, owner_, leaving.piece,
+                          [this, write](const Status& status) {
+                            if (!status.ok()) return failed_(status);
+                            taken_again(write);
+                          });
+  }
+  return true;
+}
+
+void Departures::taken_again(std::uint64_t write) {
+  const auto found = again_.find(write);
+  if (found == again_.end() || ++found->second.taken < found->second.blocks.size()) return;
+  const Again again = std::move(found->second);
+  again_.erase(found);
+  sender_.write_again(write, again.layer, again.blocks);
 }
 
 std::unique_ptr<BlockSender> make_sender(NodeState& node, const PagedKv& cache, const std::shared_ptr<Link>& link,

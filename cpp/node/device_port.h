@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/clock.h"
 #include "dualkv/gpu.h"
 #include "memory/bounce_pool.h"
 #include "memory/cuda_copier.h"
@@ -72,6 +73,7 @@ class DevicePort {
   // Apart, so that what comes never waits for what goes.
   BouncePool& landing() { return landing_; }
   BouncePool& departing() { return departing_; }
+  CudaCopier& leaving() { return leaving_; }  // from a cache to the slots that NICs read
   // For a load: a flag a layer, of equal values, that GPUs wait for one more of. They only grow, so that a GPU which
   // comes late, when another load has them, does not wait for that one.
   BouncePool::Piece take_flags() { return flags_->take(); }
@@ -84,7 +86,7 @@ class DevicePort {
   std::uint64_t gds_bytes_ = 0;
   const std::unique_ptr<NicSlots> nic_;
   std::uint64_t nic_bytes_ = 0, nic_sent_bytes_ = 0;
-  CudaCopier to_gpu_, from_gpu_, within_;
+  CudaCopier to_gpu_, from_gpu_, within_, leaving_;
   std::map<int, std::unique_ptr<CudaCopier>> from_gpus_;  // others, by ordinal
   std::optional<GpuNicCopier> nic_in_, nic_out_;
   BouncePool landing_, departing_;
@@ -155,12 +157,22 @@ class Departures : public BlockSender, private BlockSource {
     bool summed;
     std::uint64_t checksum;
   };
+  // A write that no NIC made, whose blocks are taken anew.
+  struct Again {
+    std::uint32_t layer;
+    std::vector<std::uint32_t> blocks;
+    std::size_t next = 0;   // to be taken
+    std::size_t taken = 0;  // and in pinned memory
+  };
   static std::uint64_t key(std::uint32_t layer, std::uint32_t block) { return std::uint64_t{layer} << 32 | block; }
 
   bool describe(std::uint32_t layer, std::uint32_t block, const std::shared_ptr<void>& keep, WriteBlock& out) override;
-  void on_returned(std::uint32_t layer, const std::vector<std::uint32_t>& blocks) override;
+  void on_returned(std::uint64_t write, std::uint32_t layer, const std::vector<std::uint32_t>& blocks) override;
   void on_sent(std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome);
   void take(std::uint32_t layer, std::uint32_t index, const FreePieces::Piece& to, bool on_gpu);
+  // False if there is no memory for all of it now.
+  bool take_again(std::uint64_t write, Again& again);
+  void taken_again(std::uint64_t write);
   void pump_later();
   void send_later();
 
@@ -174,7 +186,8 @@ class Departures : public BlockSender, private BlockSource {
   std::map<std::uint32_t, std::deque<Run>> queued_;
   std::unordered_map<std::uint64_t, Leaving> leaving_;  // by key()
   std::uint64_t under_way_ = 0;                         // bytes of them
-  bool pinned_only_ = false;                            // no NIC took what only a NIC can read
+  std::map<std::uint64_t, Again> again_;                // by the write's id
+  Clock::time_point pinned_until_{};                    // as no NIC took what only a NIC can read
   Progress::TimerId retry_ = 0;
   bool sending_ = false;
   const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);

@@ -59,10 +59,17 @@ void SendQueue::on_write_done(Link& link, std::uint64_t id, Outcome outcome) {
   pump(link);
 }
 
-void SendQueue::on_write_returned(Link& link, std::uint64_t id) {
-  const auto node = in_flight_.extract(id);
-  if (!node.empty()) node.mapped().sender->source_.on_returned(node.mapped().layer, node.mapped().blocks);
-  pump(link);
+void SendQueue::on_write_returned(std::uint64_t id) {
+  const auto found = in_flight_.find(id);
+  if (found == in_flight_.end()) return;
+  const InFlight flight = found->second;
+  flight.sender->source_.on_returned(id, flight.layer, flight.blocks);
+}
+
+void SendQueue::pump_later(const std::shared_ptr<Link>& link) {
+  progress_.post([this, alive = std::weak_ptr(alive_), link] {
+    if (!alive.expired() && link->open()) pump(*link);
+  });
 }
 
 void SendQueue::on_closed(Link& link) {
@@ -89,11 +96,13 @@ LayerSender::LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint
 LayerSender::~LayerSender() {
   queue_.remove(*this);
   link_->withdraw(owner_);
+  queue_.pump_later(link_);
 }
 
-void LayerSender::add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep) {
+void LayerSender::add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep,
+                      bool nic_only) {
   if (count == 0) return;
-  queued_[layer].push_back({first, first + count, std::move(keep)});
+  queued_[layer].push_back({first, first + count, std::move(keep), nic_only});
   queue_.enqueue(*this);
 }
 
@@ -113,18 +122,27 @@ std::uint64_t LayerSender::next_bytes() const {
 LayerWrite LayerSender::next(std::uint64_t id) {
   const auto first = queued_.begin();
   const std::uint32_t most = frame_blocks();
-  LayerWrite write{id, owner_, grant_, first->first, lane_, {}};
   std::deque<Run>& runs = first->second;
-  while (!runs.empty() && write.blocks.size() < most) {
+  LayerWrite write{id, owner_, grant_, first->first, lane_, {}, runs.front().nic_only};
+  while (!runs.empty() && write.blocks.size() < most && runs.front().nic_only == write.nic_only) {
     Run& run = runs.front();
-    WriteBlock& block = write.blocks.emplace_back();
-    if (!source_.describe(write.layer, run.next, run.keep, block)) {
-      block.checksum = checksum(std::span<const Extent>(block.source).first(block.extents));
-    }
+    describe(run.next, run.keep, write);
     if (++run.next == run.end) runs.pop_front();
   }
   if (runs.empty()) queued_.erase(first);
   return write;
+}
+
+void LayerSender::describe(std::uint32_t index, const std::shared_ptr<void>& keep, LayerWrite& write) {
+  WriteBlock& block = write.blocks.emplace_back();
+  if (source_.describe(write.layer, index, keep, block)) return;
+  block.checksum = checksum(std::span<const Extent>(block.source).first(block.extents));
+}
+
+void LayerSender::write_again(std::uint64_t id, std::uint32_t layer, std::span<const std::uint32_t> indices) {
+  LayerWrite write{id, owner_, grant_, layer, lane_, {}};
+  for (const std::uint32_t index : indices) describe(index, nullptr, write);
+  link_->write_again(std::move(write));
 }
 
 }  // namespace dualkv

@@ -8,9 +8,11 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <unordered_map>
 #include <vector>
 
+#include "base/progress.h"
 #include "base/rate_meter.h"
 #include "dualkv/geometry.h"
 #include "transport/transport.h"
@@ -28,22 +30,26 @@ class BlockSource {
   // leaves the bytes in the CPU's cache. `index` and `keep` are what LayerSender::add was given.
   virtual bool describe(std::uint32_t layer, std::uint32_t index, const std::shared_ptr<void>& keep,
                         WriteBlock& out) = 0;
-  // What it said only a NIC can read, and none did, with what was in one write with it.
-  virtual void on_returned(std::uint32_t /*layer*/, const std::vector<std::uint32_t>& /*blocks*/) {}
+  // A write of what was added as nic_only, which no NIC made: to be written again from elsewhere.
+  virtual void on_returned(std::uint64_t /*write*/, std::uint32_t /*layer*/,
+                           const std::vector<std::uint32_t>& /*blocks*/) {}
 };
 
 // One frame per sender and turn, so that no load waits behind another's whole backlog. Lanes don't wait for each
 // other. Progress thread only.
 class SendQueue {
  public:
-  SendQueue(const KvGeometry& geometry, std::uint64_t frame_bytes) : geometry_(geometry), frame_bytes_(frame_bytes) {}
+  SendQueue(Progress& progress, const KvGeometry& geometry, std::uint64_t frame_bytes)
+      : progress_(progress), geometry_(geometry), frame_bytes_(frame_bytes) {}
 
   void enqueue(LayerSender& sender);
   void remove(LayerSender& sender);
   void pump(Link& link);
+  // What was withdrawn has made room in the window, and nobody will say so.
+  void pump_later(const std::shared_ptr<Link>& link);
   // Routes a completion to its sender and lets waiting ones go on.
   void on_write_done(Link& link, std::uint64_t id, Outcome outcome);
-  void on_write_returned(Link& link, std::uint64_t id);
+  void on_write_returned(std::uint64_t id);
   void on_closed(Link& link);
   // Bytes/s acknowledged on the link while it was the bottleneck, moving average; 0 = it never was.
   std::uint64_t bandwidth(const Link& link) const;
@@ -63,12 +69,14 @@ class SendQueue {
   bool pump_lane(Link& link, Turns& turns);
   void send_one(LayerSender& sender, Link& link);
 
+  Progress& progress_;
   const KvGeometry geometry_;
   const std::uint64_t frame_bytes_;
   std::uint64_t last_write_ = 0;
   std::unordered_map<const Link*, std::array<Turns, kLaneCount>> turns_;
   std::unordered_map<std::uint64_t, InFlight> in_flight_;
   std::unordered_map<const Link*, RateMeter> meters_;  // busy while a window is full
+  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 // Withdraws what it has not delivered when it ends. Progress thread only.
@@ -95,8 +103,11 @@ class LayerSender : public BlockSender {
   void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) override {
     add(layer, first, count, nullptr);
   }
-  // `keep` is held until they are described.
-  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep);
+  // `keep` is held until they are described. `nic_only`: see LayerWrite; never in one write with others.
+  void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count, std::shared_ptr<void> keep,
+           bool nic_only = false);
+  // See Link::write_again. `indices`: of the write's blocks, in its order.
+  void write_again(std::uint64_t write, std::uint32_t layer, std::span<const std::uint32_t> indices);
   void pump() override { queue_.pump(*link_); }
   Link& link() const override { return *link_; }
   Lane lane() const { return lane_; }
@@ -107,6 +118,7 @@ class LayerSender : public BlockSender {
     std::uint32_t next;
     std::uint32_t end;
     std::shared_ptr<void> keep;
+    bool nic_only;
   };
   bool has_queued() const { return !queued_.empty(); }
   // Blocks of the lowest layer that a frame takes at most, at least one.
@@ -114,6 +126,7 @@ class LayerSender : public BlockSender {
   // Of the next frame, at most.
   std::uint64_t next_bytes() const;
   LayerWrite next(std::uint64_t id);
+  void describe(std::uint32_t index, const std::shared_ptr<void>& keep, LayerWrite& write);
 
   SendQueue& queue_;
   const std::shared_ptr<Link> link_;

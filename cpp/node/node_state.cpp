@@ -97,7 +97,7 @@ NodeState::NodeState(const KvGeometry& geometry, NodeOptions options)
       store_(std::make_unique<Store>(std::make_shared<StoreState>(geometry_, options_.store, pool_, progress_,
                                                                   /*reads_to_gpus=*/options_.gpu.gds_bytes > 0))),
       grants_(geometry_),
-      sends_(geometry_, options_.write_frame_bytes) {
+      sends_(*progress_, geometry_, options_.write_frame_bytes) {
   if (pool_.shared_fd() >= 0) regions_->add(pool_.memory(), pool_.shared_fd());
   memory_->add(pool_.memory(), std::shared_ptr<const void>(alive_));
   const StagingStats staging = pool_.stats();

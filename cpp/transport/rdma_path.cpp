@@ -204,9 +204,7 @@ void RdmaPath::take_down(std::size_t at, bool tell_peer) {
       answered_.push_back(id);
       continue;
     }
-    outgoing_.erase(id);
-    ++stats_.inline_batches;
-    host_.send_inline(id);
+    not_by_nic(id);
   }
   if (!answered_.empty()) {
     progress_.post([this, alive = std::weak_ptr(alive_)] {
@@ -215,6 +213,12 @@ void RdmaPath::take_down(std::size_t at, bool tell_peer) {
     });
   }
   offer_later(at);
+}
+
+void RdmaPath::not_by_nic(std::uint64_t id) {
+  stats_.inline_batches += !outgoing_.at(id).write->nic_only;
+  outgoing_.erase(id);
+  host_.send_inline(id);
 }
 
 void RdmaPath::failed(std::size_t at, const std::string& why) {
@@ -297,7 +301,7 @@ bool RdmaPath::write(const LayerWrite& write) {
     }
   }
   if (!registered) {
-    ++stats_.inline_batches;
+    stats_.inline_batches += !write.nic_only;
     return false;
   }
   ask.epoch = places_[best].epoch;
@@ -321,9 +325,7 @@ bool RdmaPath::on_clear(std::span<const std::byte> body) {
   Place& place = places_[out.place];
   if (clear->entries.empty()) {
     place.asked_bytes -= out.bytes;
-    outgoing_.erase(found);
-    ++stats_.inline_batches;
-    host_.send_inline(clear->id);
+    not_by_nic(clear->id);
     return true;
   }
   if (clear->immediate == kProbe || !build_chain(out, *clear)) return false;

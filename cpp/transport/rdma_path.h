@@ -32,7 +32,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
     virtual ~Host() = default;
     virtual void tell(FrameType type, std::span<const std::byte> body) = 0;  // on the control channel
     virtual void tell(Lane lane, FrameType type, std::span<const std::byte> body) = 0;
-    virtual void send_inline(std::uint64_t id) = 0;
+    virtual void send_inline(std::uint64_t id) = 0;  // or, if it is nic_only, give it back
     // The peer has answered, and the write's memory is not read any more.
     virtual void finish(std::uint64_t id, Outcome outcome) = 0;
     // The bytes of a write are here, or it was refused.
@@ -124,6 +124,7 @@ class RdmaPath : public QueuePair::Events, public DirectWrites {
   void failed(std::size_t place, const std::string& why);
   // Ends the queue pair. What was under way to the peer goes inline; what was cleared for it will come so.
   void take_down(std::size_t place, bool tell_peer);
+  void not_by_nic(std::uint64_t id);
   // The registration of these bytes, kept in `held`; null if there is none.
   const RdmaRegistration* hold(const Extent& extent, Held& held);
   bool build_chain(Outgoing& out, const WriteClear& clear);

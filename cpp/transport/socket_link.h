@@ -97,9 +97,14 @@ class SocketLink : public Link,
     lane_bytes_[static_cast<int>(write.lane)] += bytes;
     stats_.bytes_sent[static_cast<int>(write.lane)] += bytes;
     const std::uint64_t id = write.id;
-    Pending& pending = pending_.emplace(id, Pending{std::move(write), bytes, nullptr}).first->second;
-    if (!path_) return send_frame(pending);
-    if (!path_->write(pending.write)) send_inline(id);
+    submit(pending_.emplace(id, Pending{std::move(write), bytes, nullptr}).first->second);
+  }
+
+  void write_again(LayerWrite write) override {
+    const auto found = pending_.find(write.id);
+    if (found == pending_.end()) return;
+    found->second.write = std::move(write);
+    submit(found->second);
   }
 
   void withdraw(std::uint64_t owner) override {
@@ -193,14 +198,17 @@ class SocketLink : public Link,
     pending.channel->send(frame_of(pending.write));
   }
 
-  void give_back(std::uint64_t id) {
-    const auto node = pending_.extract(id);
-    const Pending& pending = node.mapped();
-    lane_bytes_[static_cast<int>(pending.write.lane)] -= pending.bytes;
-    stats_.bytes_sent[static_cast<int>(pending.write.lane)] -= pending.bytes;
-    // Posted: the path, or whoever writes, is in the middle of its work.
-    progress_.post([weak = weak_from_this(), id] {
-      if (const auto self = weak.lock(); self && self->open_) self->events_.on_write_returned(*self, id);
+  void submit(Pending& pending) {
+    if (!path_) return send_frame(pending);
+    if (!path_->write(pending.write)) send_inline(pending.write.id);
+  }
+
+  // Told later: the path, or whoever writes, is in the middle of its work.
+  void give_back(Pending& pending) {
+    pending.write.blocks.clear();
+    progress_.post([weak = weak_from_this(), id = pending.write.id] {
+      const auto self = weak.lock();
+      if (self && self->open_ && self->pending_.contains(id)) self->events_.on_write_returned(*self, id);
     });
   }
 
@@ -216,15 +224,16 @@ class SocketLink : public Link,
     tell(*lanes_[static_cast<int>(lane)].front(), type, body);
   }
   void finish(std::uint64_t id, Outcome outcome) override {
-    const auto node = pending_.extract(id);
+    auto node = pending_.extract(id);
     if (node.empty()) return;
+    node.mapped().write.blocks.clear();  // whoever hears of it may want their memory for the next
     lane_bytes_[static_cast<int>(node.mapped().write.lane)] -= node.mapped().bytes;
     events_.on_write_done(*this, id, outcome);
   }
   void send_inline(std::uint64_t id) override {
     const auto found = pending_.find(id);
     if (found == pending_.end()) return;
-    if (found->second.write.nic_only()) return give_back(id);
+    if (found->second.write.nic_only) return give_back(found->second);
     events_.on_fallback("rdma_inline");
     send_frame(found->second);
   }

@@ -1,7 +1,6 @@
 // Transport and Link: control messages, and one-sided writes of Layer Blocks with a notification per block.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -27,7 +26,6 @@ struct WriteBlock {
   std::array<Extent, PagedKv::kMaxPlanes> source{};
   std::uint32_t extents = 0;
   std::shared_ptr<void> keep;
-  bool nic_only = false;  // the CPU can't read it: in a GPU's memory
 };
 
 // Blocks of one layer to one grant, at most kMaxWriteBlocks.
@@ -38,10 +36,7 @@ struct LayerWrite {
   std::uint32_t layer = 0;
   Lane lane = Lane::kLow;
   std::vector<WriteBlock> blocks;
-
-  bool nic_only() const {
-    return std::any_of(blocks.begin(), blocks.end(), [](const WriteBlock& block) { return block.nic_only; });
-  }
+  bool nic_only = false;  // the CPU can't read it: in a GPU's memory
 };
 
 class Link {
@@ -58,6 +53,9 @@ class Link {
   virtual bool nic_writes(Lane) const { return false; }
   // Only after can_write() said yes. What is nic_only comes back by on_write_returned if no NIC makes it.
   virtual void write(LayerWrite write) = 0;
+  // One that came back, from other memory: unless the peer has answered meanwhile, which has been told then. It has
+  // kept its place in the lane's window.
+  virtual void write_again(LayerWrite) {}
   // Gives the source memory of the owner's writes back at once: what has not left is dropped, no on_write_done
   // follows.
   virtual void withdraw(std::uint64_t owner) = 0;
@@ -77,8 +75,8 @@ class LinkEvents {
   virtual void on_message(Link& link, std::span<const std::byte> message) = 0;
   // The peer has verified (or refused) a write; its window space is free again.
   virtual void on_write_done(Link& link, std::uint64_t id, Outcome outcome) = 0;
-  // A nic_only write that no NIC makes, or whose NIC failed: nothing reads its memory any more, and the peer may have
-  // got none, some or all of it.
+  // A nic_only write that no NIC makes, or whose NIC failed: nothing reads its memory any more. The peer may have got
+  // none, some or all of it, and may answer yet: to be written again, under its id, or withdrawn.
   virtual void on_write_returned(Link& link, std::uint64_t id) = 0;
   virtual void on_refused() = 0;  // a connection that did not prove itself
   virtual void on_hostile() = 0;  // a frame no peer would send; its connection is closed

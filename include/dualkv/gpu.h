@@ -37,7 +37,7 @@ struct GpuOptions {
 struct GpuCopyStats {
   std::uint64_t bytes = 0;
   std::uint64_t runs = 0;
-  std::uint64_t verified = 0;               // Layer Blocks summed up in the GPU's memory
+  std::uint64_t verified = 0;               // Layer Blocks that were held against their checksums in the GPU's memory
   std::uint64_t batches[4] = {0, 0, 0, 0};  // by engine
 
   GpuCopyStats& operator+=(const GpuCopyStats& other) {

@@ -1,41 +1,18 @@
 // What leaves a GPU's cache for a peer: by slots that a NIC reads, or by pinned memory; what comes back of it. Over a
 // link that does as it is told, on the stand-in of CUDA's driver, whose kernels can be held up.
 #include <atomic>
-#include <deque>
 #include <set>
+#include <thread>
 
 #include "base/hash.h"
 #include "gpu_support.h"
 #include "node/node_state.h"
+#include "test_link.h"
 
 namespace dualkv::testing {
 namespace {
 
 constexpr std::uint32_t kSlots = 4, kFirst = 100;  // kFirst: of the grant
-
-// Keeps what it is given to write.
-class TestLink : public Link {
- public:
-  bool nic = true;
-  std::deque<LayerWrite> writes;
-
-  const std::string& peer() const override { return peer_; }
-  bool open() const override { return true; }
-  void send(std::span<const std::byte>) override {}
-  bool can_write(Lane, std::uint64_t) const override { return true; }
-  bool nic_writes(Lane) const override { return nic; }
-  void write(LayerWrite write) override { writes.push_back(std::move(write)); }
-  void withdraw(std::uint64_t owner) override {
-    std::erase_if(writes, [&](const LayerWrite& write) { return write.owner == owner; });
-  }
-  void close(Status) override {}
-  LinkStats stats() const override { return {}; }
-  Clock::time_point last_received() const override { return Clock::now(); }
-  std::uint64_t lane_bytes(Lane) const override { return 0; }
-
- private:
-  const std::string peer_ = "de";
-};
 
 class DeparturesTest : public NodeTestBase, public BlockSource, public ::testing::Test {
  protected:
@@ -44,7 +21,7 @@ class DeparturesTest : public NodeTestBase, public BlockSource, public ::testing
   void SetUp() override {
     if (const std::string why = no_stand_in(); !why.empty()) GTEST_SKIP() << why;
     NodeOptions pe = options("pe");
-    pe.write_frame_bytes = 1;  // a Layer Block a write
+    pe.write_frame_bytes = frame_;
     pe.write_window_bytes = window_;
     state_ = std::make_shared<NodeState>(geometry_, pe);
     state_->start();
@@ -52,6 +29,7 @@ class DeparturesTest : public NodeTestBase, public BlockSource, public ::testing
     for (std::uint32_t i = 0; i < kBlocks; ++i) cache_->fill(i, i + 1);
     auto slots = test_slots(geometry_, kSlots);
     slots_ = slots.get();
+    link_->nic = true;
     port_ = std::make_unique<DevicePort>(*state_, CudaDevice::open(0), nullptr, std::move(slots));
     on_progress([&] {
       departures_.emplace(
@@ -101,11 +79,12 @@ class DeparturesTest : public NodeTestBase, public BlockSource, public ::testing
   // Looks at what is written and where from, and lets the peer acknowledge it, or no NIC take it.
   void look(bool nic, bool give_back = false) {
     on_progress([&] {
-      for (const LayerWrite& write : std::exchange(link_->writes, {})) {
-        EXPECT_EQ(write.nic_only(), nic);
+      for (LayerWrite& write : std::exchange(link_->writes, {})) {
+        EXPECT_EQ(write.nic_only, nic);
         for (const WriteBlock& block : write.blocks) look_at(write.layer, block, nic);
         if (give_back) {
-          state_->sends().on_write_returned(*link_, write.id);
+          write.blocks.clear();
+          state_->sends().on_write_returned(write.id);
         } else {
           state_->sends().on_write_done(*link_, write.id, {});
         }
@@ -141,7 +120,7 @@ class DeparturesTest : public NodeTestBase, public BlockSource, public ::testing
     return bytes;
   }
 
-  std::uint64_t window_ = 1 << 20;
+  std::uint64_t frame_ = 3 * 6912, window_ = 1 << 20;
   std::shared_ptr<NodeState> state_;
   std::optional<TestCache> cache_;
   std::unique_ptr<DevicePort> port_;
@@ -174,8 +153,8 @@ TEST_F(DeparturesTest, WithoutASlotOrANicItGoesByPinnedMemory) {
   on_progress([&] {
     for (const LayerWrite& write : link_->writes) {
       for (const WriteBlock& block : write.blocks) {
-        look_at(0, block, block.nic_only);
-        pinned += !block.nic_only;
+        look_at(0, block, write.nic_only);
+        pinned += !write.nic_only;
       }
     }
     for (const LayerWrite& write : std::exchange(link_->writes, {}))
@@ -207,22 +186,102 @@ TEST_F(DeparturesTest, WhatNoNicTookGoesByPinnedMemoryAndAllThatFollows) {
   EXPECT_EQ(state_->stats().fallbacks["gpu_rdma_returned"], 1u);
 }
 
+class OneByOneDeparturesTest : public DeparturesTest {
+ protected:
+  OneByOneDeparturesTest() { frame_ = 1; }
+};
+
+// The peer had it when the queue pair ended, and says so while it is taken anew.
+TEST_F(OneByOneDeparturesTest, AnAnswerThatComesLateIsGoodEnough) {
+  send(0, 2);
+  ASSERT_TRUE(eventually([&] { return written() == 2; }));
+  std::uint64_t first = 0;
+  {
+    const HeldKernels held;
+    on_progress([&] {
+      first = link_->writes.front().id;
+      for (const LayerWrite& write : std::exchange(link_->writes, {})) state_->sends().on_write_returned(write.id);
+      EXPECT_EQ(free_here(), kSlots);
+      state_->sends().on_write_done(*link_, first, {});
+    });
+    EXPECT_EQ(sent_, 1u);
+  }
+  ASSERT_TRUE(eventually([&] { return written() == 1; }));
+  on_progress([&] { EXPECT_NE(link_->writes.front().id, first); });
+  look(/*nic=*/false);
+  EXPECT_EQ(sent_, 2u);
+  EXPECT_EQ(seen_.size(), 1u);
+}
+
+TEST_F(DeparturesTest, WhatNoNicTookWaitsForPinnedMemory) {
+  send(0, 3);
+  ASSERT_TRUE(eventually([&] { return written() == 3; }));
+  std::vector<FreePieces::Piece> taken;
+  on_progress([&] {
+    while (auto piece = port_->departing().take()) taken.push_back(std::move(piece));
+  });
+  ASSERT_GT(taken.size(), 3u);
+  taken.pop_back();
+  look(/*nic=*/true, /*give_back=*/true);
+  EXPECT_EQ(written(), 0u);
+  on_progress([&] { taken.clear(); });
+  ASSERT_TRUE(eventually([&] { return written() == 3; }));
+  look(/*nic=*/false);
+  EXPECT_EQ(sent_, 3u);
+}
+
 TEST_F(DeparturesTest, WhatEndsInTheMiddleGivesItsSlotsBackAndSendsNothingMore) {
   send(0, 1);
   ASSERT_TRUE(eventually([&] { return written() == 1; }));
-  {
-    const HeldKernels held;
-    send(1, 2);
-  }
-  on_progress([&] { departures_.reset(); });
+  std::optional<HeldKernels> held(std::in_place);
+  send(1, 2);
+  on_progress([] {});  // and the batch is with the GPU
+  std::atomic<bool> let_go = false;
+  std::thread lets_go([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    let_go = true;
+    held.reset();
+  });
+  on_progress([&] {
+    departures_.reset();
+    EXPECT_TRUE(let_go) << "a copy was under way";
+  });
+  lets_go.join();
   EXPECT_EQ(written(), 0u) << "withdrawn";
-  on_progress([&] { EXPECT_EQ(free_here(), kSlots); });
+  EXPECT_TRUE(eventually([&] {
+    std::uint32_t free = 0;
+    on_progress([&] { free = free_here(); });
+    return free == kSlots;
+  }));
   EXPECT_EQ(sent_, 0u);
+}
+
+TEST_F(DeparturesTest, AGpuThatCopiesNoMoreIsSaid) {
+  auto& driver = CudaDevice::open(0)->driver();
+  const auto launch = driver.launch_kernel;
+  const decltype(driver.launch_kernel) fails = [](cuda::Function, unsigned, unsigned, unsigned, unsigned, unsigned,
+                                                  unsigned, unsigned, cuda::Stream, void**, void**) { return 700; };
+  on_progress([&] { driver.launch_kernel = fails; });
+  send(0, 2);
+  EXPECT_TRUE(eventually([&] {
+    bool failed = false;
+    on_progress([&] { failed = !failed_.ok(); });
+    return failed;
+  }));
+  on_progress([&] {
+    driver.launch_kernel = launch;
+    EXPECT_EQ(failed_.code, Code::kIo);
+    failed_ = {};
+  });
+  EXPECT_EQ(written(), 0u);
 }
 
 class NarrowDeparturesTest : public DeparturesTest {
  protected:
-  NarrowDeparturesTest() { window_ = 6400; }
+  NarrowDeparturesTest() {
+    frame_ = 1;
+    window_ = 6400;
+  }
 };
 
 TEST_F(NarrowDeparturesTest, NoMoreThanTwoWindowsAreTakenAndTheRestFollows) {

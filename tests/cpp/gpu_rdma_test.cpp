@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <set>
+#include <thread>
 
 #include "rdma_support.h"
 
@@ -198,7 +199,7 @@ TEST_F(GpuRdmaTest, AGrantIsFilledThatWay) {
   }
 }
 
-// From a GPU's cache to one of the host, by pe_'s NIC.
+// From a GPU's cache to one of the host, by pe_'s NIC, in a window of a few writes.
 class GpuRdmaSendTest : public GpuRdmaTestBase {
  protected:
   void SetUp() override {
@@ -207,17 +208,26 @@ class GpuRdmaSendTest : public GpuRdmaTestBase {
     from_.emplace(geometry_, kBlocks, device_);
     for (std::uint32_t i = 0; i < kBlocks; ++i) from_->fill(i, i + 1);
   }
-  // All of it, to memory that the peer's NIC has not seen.
-  Status send(std::optional<TestCache>& to) {
-    to.emplace(geometry_, kBlocks);
-    const Grant grant = de_->grant("pe", to->paged(), iota_ids(kBlocks), 10);
+  NodeOptions narrow(std::uint32_t slots = kBlocks * 4) {
+    NodeOptions pe = direct(slots);
+    pe.write_frame_bytes = 16 << 10;
+    pe.write_window_bytes = 64 << 10;
+    return pe;
+  }
+  SendRequest request(const Grant& grant) const {
     SendRequest request;
     request.grant = grant.id();
     request.source = from_->paged();
     request.block_ids = iota_ids(kBlocks);
     request.layers = {0, geometry_.layers()};
     request.deadline_s = 10;
-    const auto sent = pe_->peer("de").send_layers(request);
+    return request;
+  }
+  // All of it, to memory that the peer's NIC has not seen.
+  Status send(std::optional<TestCache>& to) {
+    to.emplace(geometry_, kBlocks);
+    const Grant grant = de_->grant("pe", to->paged(), iota_ids(kBlocks), 10);
+    const auto sent = pe_->peer("de").send_layers(request(grant));
     if (const Status status = grant.wait(geometry_.layers() - 1, in(10)); !status.ok()) return status;
     return sent.wait(in(10));
   }
@@ -229,7 +239,7 @@ class GpuRdmaSendTest : public GpuRdmaTestBase {
 TEST_F(GpuRdmaSendTest, AllThatPeersAreSentLeavesThatWayAndIsRight) {
   for (const By by : {By::kDmaBuf, By::kPeerMemory}) {
     reach(by);
-    start_all(direct());
+    start_all(narrow());
     for (int round = 1; round <= 2; ++round) {  // the slots come back
       std::optional<TestCache> to;
       const Status status = send(to);
@@ -246,7 +256,7 @@ TEST_F(GpuRdmaSendTest, AllThatPeersAreSentLeavesThatWayAndIsRight) {
 }
 
 TEST_F(GpuRdmaSendTest, WhatAnEnginePublishesLeavesThatWay) {
-  start_all(direct());
+  start_all(narrow());
   run_whole(decode_);
   EXPECT_EQ(gpu().from_gpu.bytes, 0u);
   EXPECT_EQ(left(), 2 * geometry_.block_bytes()) << "what is new; the decode node read the rest itself";
@@ -258,7 +268,7 @@ TEST_F(GpuRdmaSendTest, WhatAnEnginePublishesLeavesThatWay) {
 }
 
 TEST_F(GpuRdmaSendTest, WithNoSlotLeftItGoesByPinnedMemory) {
-  start_all(direct(3));
+  start_all(narrow(3));
   std::optional<TestCache> to;
   const Status status = send(to);
   ASSERT_TRUE(status.ok()) << status.message;
@@ -269,7 +279,7 @@ TEST_F(GpuRdmaSendTest, WithNoSlotLeftItGoesByPinnedMemory) {
 }
 
 TEST_F(GpuRdmaSendTest, WhatAFailedQueuePairHadGoesByPinnedMemory) {
-  start_all(direct());
+  start_all(narrow());
   for (std::uint64_t round = 1; round <= 2; ++round) {
     std::optional<TestCache> to;
     {
@@ -279,8 +289,10 @@ TEST_F(GpuRdmaSendTest, WhatAFailedQueuePairHadGoesByPinnedMemory) {
       ASSERT_TRUE(status.ok()) << status.message;
     }
     expect_right(*to);
-    EXPECT_EQ(fallbacks("gpu_rdma_returned"), round);
+    EXPECT_GE(fallbacks("gpu_rdma_returned"), round);
+    EXPECT_GT(gpu().from_gpu.bytes, 0u);
     ASSERT_TRUE(eventually([&] { return pe_->stats().links.at(0).rdma.queue_pairs_up == 4; }));
+    // Each send finds out by itself.
     const std::uint64_t before = left();
     ASSERT_TRUE(send(to).ok());
     expect_right(*to);
@@ -290,7 +302,7 @@ TEST_F(GpuRdmaSendTest, WhatAFailedQueuePairHadGoesByPinnedMemory) {
 }
 
 TEST_F(GpuRdmaSendTest, WhatIsWrongOnTheWayIsFoundByThePeer) {
-  start_all(direct());
+  start_all(narrow());
   std::atomic<int> posts{0};
   std::optional<TestCache> to;
   {
@@ -309,7 +321,7 @@ TEST_F(GpuRdmaSendTest, WhatIsWrongOnTheWayIsFoundByThePeer) {
 }
 
 TEST_F(GpuRdmaSendTest, APeerWithoutRegisteredMemoryGetsItAllTheSame) {
-  start_all(direct());
+  start_all(narrow());
   // The peer clears nothing: every write is refused.
   std::optional<TestCache> to;
   auto* real = verbs()->reg_mr_iova2;
@@ -323,7 +335,39 @@ TEST_F(GpuRdmaSendTest, APeerWithoutRegisteredMemoryGetsItAllTheSame) {
   expect_right(*to);
   EXPECT_EQ(left(), 0u);
   EXPECT_EQ(gpu().from_gpu.bytes, hit_bytes());
-  EXPECT_EQ(fallbacks("gpu_rdma_returned"), 1u);
+  EXPECT_GE(fallbacks("gpu_rdma_returned"), 1u);
+}
+
+// Whose end takes the queue pair down, under the writes of another.
+TEST_F(GpuRdmaSendTest, OneThatIsDroppedCostsAnotherNothing) {
+  start_all(narrow());
+  for (int round = 0; round < 10; ++round) {
+    const TestCache first(geometry_, kBlocks), second(geometry_, kBlocks);
+    const Grant of_first = de_->grant("pe", first.paged(), iota_ids(kBlocks), 10);
+    const Grant of_second = de_->grant("pe", second.paged(), iota_ids(kBlocks), 10);
+    std::optional<Operation> dropped(pe_->peer("de").send_layers(request(of_first)));
+    const Operation kept = pe_->peer("de").send_layers(request(of_second));
+    std::this_thread::sleep_for(std::chrono::milliseconds(round));
+    dropped.reset();
+    const Status status = kept.wait(in(10));
+    ASSERT_TRUE(status.ok()) << round << ": " << status.message;
+    EXPECT_TRUE(of_second.wait(geometry_.layers() - 1, in(10)).ok());
+    expect_right(second);
+  }
+  ASSERT_TRUE(eventually([&] { return pe_->stats().links.at(0).rdma.queue_pairs_up == 4; }));
+  std::optional<TestCache> to;
+  const std::uint64_t before = left();
+  ASSERT_TRUE(send(to).ok());
+  EXPECT_EQ(left() - before, hit_bytes()) << "slots are missing";
+}
+
+TEST_F(GpuRdmaSendTest, APublishOverAFailingQueuePairIsExact) {
+  start_all(narrow());
+  std::atomic<int> posts{0};
+  const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) { return carries_data(wr) && ++posts % 5 == 0 ? ENOMEM : 0; });
+  PrefillOnly prefill;
+  run_whole(prefill);
+  EXPECT_GE(fallbacks("gpu_rdma_returned"), 1u);
 }
 
 // Copies within a node to a GPU and back, by its NIC.

@@ -191,12 +191,14 @@ TEST_P(GpuEngineTest, EveryByteAndNoOtherOnRandomLayouts) {
 TEST_P(GpuEngineTest, EveryByteAndNoOtherBetweenGpus) {
   find_a_driver();
   if (gpus().size() < 2) GTEST_SKIP() << "one GPU";
+  if (const std::string why = CudaDevice::open(0)->missing(GetParam()); !why.empty()) GTEST_SKIP() << why;
   for (const bool whole_vectors : {true, false}) {
     const auto [copied, stats] = copy_along({kHostMemory, 0, 1, 0, kHostMemory}, whole_vectors);
     for (const GpuStats& gpu : stats.gpus) {
       EXPECT_EQ(gpu.from_gpus.bytes, copied);
       EXPECT_EQ(gpu.within.bytes, 0u);
     }
+    EXPECT_FALSE(stats.fallbacks.contains("gpu_copy_staged"));
   }
 }
 
@@ -729,6 +731,7 @@ class BetweenGpusTest : public GpuTest {
   void TearDown() override {
     if (driver_ == nullptr) return;
     driver_->device_can_access_peer = original_.device_can_access_peer;
+    driver_->ctx_enable_peer_access = original_.ctx_enable_peer_access;
     driver_->memcpy_peer_async = original_.memcpy_peer_async;
   }
   Status copy(const TestCache& from, const TestCache& to) {
@@ -746,6 +749,32 @@ TEST_F(BetweenGpusTest, ThoseThatDoNotSeeEachOtherAreSaidAndCopyAllTheSame) {
   EXPECT_TRUE(second_->holds(2, 1));
   EXPECT_EQ(pe_->stats().fallbacks["gpu_copy_staged"], 1u);
   EXPECT_TRUE(copy(*first_, *second_).ok());
+  EXPECT_EQ(pe_->stats().fallbacks["gpu_copy_staged"], 1u);
+}
+
+// What copies is the one that gets the bytes: it must see the other's memory.
+TEST_F(BetweenGpusTest, PeerAccessIsAskedForOnceAndByWhoCopies) {
+  static std::atomic<int> asked;
+  static std::atomic<cuda::Context> of;
+  asked = 0;
+  driver_->ctx_enable_peer_access = [](cuda::Context peer, unsigned) -> cuda::Result {
+    cuda::Context current = nullptr;  // on whose behalf
+    CudaDevice::open(0)->driver().ctx_pop_current(&current);
+    CudaDevice::open(0)->driver().ctx_push_current(current);
+    EXPECT_NE(current, peer);
+    of = peer;
+    ++asked;
+    return cuda::kPeerAccessHad;
+  };
+  EXPECT_TRUE(copy(*first_, *second_).ok());
+  EXPECT_TRUE(copy(*first_, *second_).ok());
+  EXPECT_EQ(asked, 1);
+  cuda::Context first = nullptr;
+  driver_->device_primary_ctx_retain(&first, 0);
+  EXPECT_EQ(of, first);
+  EXPECT_EQ(pe_->stats().fallbacks["gpu_copy_staged"], 0u);
+  driver_->ctx_enable_peer_access = [](cuda::Context, unsigned) -> cuda::Result { return 1; };
+  EXPECT_TRUE(copy(*second_, *first_).ok());
   EXPECT_EQ(pe_->stats().fallbacks["gpu_copy_staged"], 1u);
 }
 
