@@ -95,6 +95,8 @@ GpuSample GpuArena::run_verified(GpuCopy engine) {
   });
 }
 
+std::byte* GpuArena::memory() const { return reinterpret_cast<std::byte*>(state_->memory); }
+
 GpuSample GpuArena::one_copy() {
   const std::uint64_t host = state_->on_host(0);
   const CopyRun whole = state_->copies.to_gpu ? CopyRun{host, state_->memory, state_->bytes()}

@@ -117,6 +117,8 @@ class GpuArena {
   GpuSample run_verified(GpuCopy engine);
   // As many bytes by one call: what the link gives.
   GpuSample one_copy();
+  // Of the GPU; whoever uses it for something else makes no runs meanwhile. Lives as long as this.
+  std::byte* memory() const;
   // Fills the source with noise, runs, and compares.
   bool moves_the_right_bytes(GpuCopy engine);
 

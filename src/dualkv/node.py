@@ -593,8 +593,9 @@ class Node:
 
         By the engine that the option ``copy`` chose: the CPU (the progress thread, a part at a time), or the NIC, by a
         write to itself on the LOW lane. Where one is a GPU's memory, that GPU copies, or, with ``gpu_rdma``, the NIC
-        between the host and a slot there; from one GPU to another, the one that gets the bytes. Returns at once, but for the first copy with a GPU; both caches must not change until it is
-        done. Dropping the operation ends it, with any part copied.
+        between the host and a slot there; from one GPU to another, the one that gets the bytes. Returns at once, but
+        for the first copy with a GPU; both caches must not change until it is done. Dropping the operation ends it,
+        with any part copied.
 
         Args:
             layers: (first, count); all if left out.

@@ -236,6 +236,40 @@ def test_copy_to_a_gpu_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "CUDA" in result["labels"]["gpu"]
 
 
+@pytest.mark.skipif(bool(RDMA_DEVICES), reason="this machine has an RDMA device")
+def test_copy_by_a_nic_to_a_gpu_needs_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in driver_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    result = run_quick("copy", "--engine", "gpu-kernel,gpu-nic", "--counts", "1")
+    assert {row["engine"] for row in result["rows"]} == {"gpu-kernel"}
+    assert "unsupported: rdma" in result["labels"]["no gpu-nic, gpu-nic to GPU 1 x 64 KiB"]
+
+
+_WITHOUT_THE_NIC = """
+from dualkv.bench import copy
+
+make_node = copy.make_node
+copy.make_node = lambda *args, **options: make_node(*args)  # what copies is the GPU
+copy._require_nic = lambda node: None
+options = copy.CopyOptions(engine=("gpu-nic",), block_bytes=(64 << 10,), counts=(64,), repeats=1)
+result = copy.run_copy(options, lambda *_: lambda: None)
+assert [row.case["direction"] for row in result.rows] == ["to GPU", "from GPU"], result.rows
+assert all(row.ratio > 0 and row.limit == "one copy of as many bytes, pinned memory" for row in result.rows)
+"""
+
+
+def test_copy_by_a_nic_to_a_gpu_goes_there_and_back(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_THE_NIC],
+        env={**os.environ, **driver_environment(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.skipif(HAS_DRIVER, reason="this machine has a CUDA driver")
 def test_without_a_gpu_its_engines_are_named_once() -> None:
     result = run_quick("copy", "--engine", "cpu,gpu-kernel,gpu-memcpy", "--counts", "1")

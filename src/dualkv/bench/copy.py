@@ -2,10 +2,12 @@
 between pinned memory and a GPU, by each engine, against one copy of as many bytes."""
 
 import contextlib
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +32,11 @@ from dualkv.errors import Error, invalid
 
 _GPU_ENGINES = {"gpu-kernel": "kernel", "gpu-batch": "batch", "gpu-memcpy": "memcpy"}
 _VERIFIED = "gpu-verified"  # as gpu_verify does: copies by the kernel, then checksums in the GPU's memory
-ENGINES = ("cpu", "nic", *_GPU_ENGINES, _VERIFIED)
+_GPU_NIC = "gpu-nic"  # as copy="nic" does with gpu_rdma: the NIC to a slot, then within the GPU
+ENGINES = ("cpu", "nic", *_GPU_ENGINES, _VERIFIED, _GPU_NIC)
+_BY_NODE = ("cpu", "nic", _GPU_NIC)
 _DEADLINE_S = 60.0
+_SLOTS = "256MiB"
 _ONE_COPY = "one copy of as many bytes, pinned memory"
 _MEMCPY = "memcpy of the same scattered blocks, one thread, huge pages"
 
@@ -40,7 +45,7 @@ _MEMCPY = "memcpy of the same scattered blocks, one thread, huge pages"
 class CopyOptions:
     """What to measure: every engine with every size and count, those of GPUs in both directions.
 
-    ``rdma_device``: of ``nic``; none: the nearest. ``gpu``: whose memory.
+    ``rdma_device``: of ``nic`` and ``gpu-nic``; none: the nearest. ``gpu``: whose memory.
     """
 
     engine: tuple[str, ...] = ENGINES
@@ -94,46 +99,71 @@ class CopyCase:
 def _directions(engine: str) -> tuple[str, ...]:
     if engine == _VERIFIED:
         return ("to GPU",)
-    return ("to GPU", "from GPU") if engine in _GPU_ENGINES else ("within the host",)
+    return ("to GPU", "from GPU") if engine in (*_GPU_ENGINES, _GPU_NIC) else ("within the host",)
 
 
 class Copier:
-    """Copies the same scattered blocks again and again within one node."""
+    """Copies the same scattered blocks again and again within one node.
 
-    def __init__(self, case: CopyCase, directory: str) -> None:
+    Args:
+        arena: what has the GPU's memory, of ``gpu-nic``.
+    """
+
+    def __init__(self, case: CopyCase, directory: str, arena: limits.GpuArena | None) -> None:
         self._case = case
-        options = {"rdma_options": {"devices": case.rdma_device}} if case.rdma_device else {}
-        self.node = make_node("bench-copy", case.block_bytes, directory, (), copy=case.engine, **options)
+        options: dict[str, Any] = {"copy": "cpu" if case.engine == "cpu" else "nic"}
+        if case.rdma_device:
+            options["rdma_options"] = {"devices": case.rdma_device}
+        if arena:
+            options["gpu_rdma"] = _SLOTS
+        self.node = make_node("bench-copy", case.block_bytes, directory, (), **options)
         try:
             self._pattern = Pattern(case.block_bytes)
             self._from, self._to = (aligned_blocks(case.count, case.block_bytes) for _ in range(2))
             for number in range(case.count):
                 self._from[number] = self._pattern.block(number)
             self._to[:] = 0xA5
-            self._source, self._target = (
-                dualkv.PagedKv(self.node.geometry, [cache]) for cache in (self._from, self._to)
-            )
+            caches = [dualkv.PagedKv(self.node.geometry, [cache]) for cache in (self._from, self._to)]
+            if arena:
+                caches.insert(1, self._gpu_cache(arena))
+            self._ways = list(itertools.pairwise(caches))
             self._from_ids, self._to_ids = (
                 np.array(scattered(case.count, seed), np.uint32) for seed in (SOURCE_SEED, TARGET_SEED)
             )
             self._wait_for_engine()
+            if arena:
+                _require_nic(self.node)
             self._verify()
         except BaseException:
             self.node.close()
             raise
 
-    def _by_cpu(self) -> int:
-        return int(self.node.stats()["fallbacks"].get("copy_by_cpu", 0))
+    def _gpu_cache(self, arena: limits.GpuArena) -> dualkv.PagedKv:
+        size = self._case.block_bytes
+        return dualkv.PagedKv.from_pointers(
+            self.node.geometry, [[(arena.memory, size, size)]], self._case.count, gpu=self._case.gpu
+        )
+
+    def _not_by_nic(self) -> int:
+        fallbacks = self.node.stats()["fallbacks"]
+        return sum(int(fallbacks.get(name, 0)) for name in ("copy_by_cpu", "copy_by_gpu"))
+
+    def _copy_all(self) -> None:
+        """The whole way; between two steps blocks stay where they are."""
+        ids = self._from_ids
+        for source, target in self._ways:
+            self.node.copy(source, ids, target, self._to_ids).wait(_DEADLINE_S)
+            ids = self._to_ids
 
     def _wait_for_engine(self) -> None:
         """Until the NIC, if it is to copy, copies all: its queue pair is up and the caches are registered."""
         until = time.monotonic() + _DEADLINE_S
         before = -1
-        while before != self._by_cpu():
+        while before != self._not_by_nic():
             if time.monotonic() > until:
-                raise Error("copy: the NIC does not copy; see the fallback copy_by_cpu in docs/settings.md", "timeout")
-            before = self._by_cpu()
-            self.run()
+                raise Error("copy: the NIC does not copy; see copy_by_cpu, copy_by_gpu in docs/settings.md", "timeout")
+            before = self._not_by_nic()
+            self._copy_all()
             time.sleep(0.05)
 
     def _verify(self) -> None:
@@ -144,10 +174,12 @@ class Copier:
     def run(self) -> Run:
         """Prepare: the arrays of ids. Post: the call. Done: every byte is in place."""
         began = time.perf_counter()
-        from_ids, to_ids = np.array(self._from_ids), np.array(self._to_ids)
+        last = self._case.direction == "from GPU"
+        source, target = self._ways[last]
+        from_ids, to_ids = np.array(self._to_ids if last else self._from_ids), np.array(self._to_ids)
         cpu = cpu_seconds()
         posting = time.perf_counter()
-        operation = self.node.copy(self._source, from_ids, self._target, to_ids)
+        operation = self.node.copy(source, from_ids, target, to_ids)
         posted = time.perf_counter()
         operation.wait(_DEADLINE_S)
         done = time.perf_counter()
@@ -155,10 +187,16 @@ class Copier:
         return Run(done - posting, size, cpu_seconds() - cpu, prepare_s=posting - began, post_s=posted - posting)
 
 
+def _require_nic(node: dualkv.Node) -> None:
+    stats = node.stats()
+    if not all(gpu["to_gpu_by_nic"] and gpu["from_gpu_by_nic"] for gpu in stats["gpus"]):
+        raise Error(f"copy: no NIC reaches the GPU's memory; fallbacks: {stats['fallbacks']}", "unsupported")
+
+
 @contextlib.contextmanager
-def _copier(case: CopyCase) -> Iterator[Copier]:
+def _copier(case: CopyCase, arena: limits.GpuArena | None) -> Iterator[Copier]:
     with tempfile.TemporaryDirectory(prefix="dualkv-bench-") as directory:
-        made = Copier(case, directory)
+        made = Copier(case, directory, arena)
         try:
             yield made
         finally:
@@ -174,19 +212,25 @@ def _memcpy(case: CopyCase) -> Contender:
     return lambda: as_run(arena.run(case.block_bytes, sources, targets))
 
 
-def _measure_host(case: CopyCase, options: CopyOptions, stage: Stage, result: BenchResult) -> None:
-    with _copier(case) as ours:
+def _gpu_arena(case: CopyCase) -> limits.GpuArena:
+    return limits.GpuArena(case.block_bytes, case.count, gpu=case.gpu, to_gpu=case.direction == "to GPU")
+
+
+def _measure_node(case: CopyCase, options: CopyOptions, stage: Stage, result: BenchResult) -> None:
+    arena = _gpu_arena(case) if case.engine == _GPU_NIC else None
+    limit = (lambda: as_run(arena.one_copy())) if arena else _memcpy(case)
+    with _copier(case, arena) as ours:
         step = stage(str(case), steps_of(2, warmup=options.warmup, repeats=options.repeats))
-        contenders = {OURS: ours.run, LIMIT: _memcpy(case)}
+        contenders = {OURS: ours.run, LIMIT: limit}
         measured = interleave(contenders, warmup=options.warmup, repeats=options.repeats, step=step, optional={LIMIT})
         result.add_fallbacks({k: int(v) for k, v in ours.node.stats()["fallbacks"].items()})
     fields: dict[str, CaseValue] = {"engine": case.engine, "direction": case.direction}
     fields |= {"block_bytes": case.block_bytes, "count": case.count}
-    result.rows += rows_of(fields, measured, limit=_MEMCPY, blocks=case.count)
+    result.rows += rows_of(fields, measured, limit=_ONE_COPY if arena else _MEMCPY, blocks=case.count)
 
 
 def _measure_gpu(case: CopyCase, options: CopyOptions, stage: Stage, result: BenchResult) -> None:
-    arena = limits.GpuArena(case.block_bytes, case.count, gpu=case.gpu, to_gpu=case.direction == "to GPU")
+    arena = _gpu_arena(case)
     engine = _GPU_ENGINES.get(case.engine, "kernel")
     if not arena.moves_the_right_bytes(engine):
         raise Error(f"bench: {case}: copied wrong", "corrupt")
@@ -227,16 +271,15 @@ def run_copy(options: CopyOptions, stage: Stage) -> BenchResult:
     for case in options.cases():
         if case.engine in missing:
             continue
-        on_host = case.engine in ("cpu", "nic")
         try:
-            (_measure_host if on_host else _measure_gpu)(case, options, stage, result)
+            (_measure_node if case.engine in _BY_NODE else _measure_gpu)(case, options, stage, result)
         except Error as error:
             if error.code != "unsupported":
                 raise
             missing.add(case.engine)
             result.add_dropped(str(case), {case.engine: str(error)})
             continue
-        if not on_host:
+        if case.direction != "within the host":
             gpu = dualkv.gpus()[case.gpu]
             result.labels["gpu"] = f"{gpu.name}, CUDA {gpu.cuda}"
     return result

@@ -166,6 +166,11 @@ class GpuArena:
         core = self._core.run_verified(engine) if verify else self._core.run(engine)
         return _to_sample(core.sample), float(core.submit_s)
 
+    @property
+    def memory(self) -> int:
+        """The address of the GPU's memory: blocks one behind the other. Nothing runs while it is used otherwise."""
+        return int(self._core.memory)
+
     def one_copy(self) -> Sample:
         """As many bytes by one call: what the link gives."""
         return _to_sample(self._core.one_copy().sample)
