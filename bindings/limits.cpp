@@ -67,8 +67,8 @@ void register_limits(py::module_& m) {
              const py::gil_scoped_release release;
              return a.run_verified(by);
            })
-      .def_property_readonly(
-          "memory", [](const limits::GpuArena& a) { return reinterpret_cast<std::uintptr_t>(a.memory()); })
+      .def_property_readonly("memory",
+                             [](const limits::GpuArena& a) { return reinterpret_cast<std::uintptr_t>(a.memory()); })
       .def("one_copy", &limits::GpuArena::one_copy, py::call_guard<py::gil_scoped_release>())
       .def("moves_the_right_bytes", [](limits::GpuArena& a, const std::string& engine) {
         const GpuCopy by = to_gpu_copy(engine);
