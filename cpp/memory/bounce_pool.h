@@ -20,15 +20,16 @@ class BouncePool {
   // As many pieces as `bytes` hold, at least one. Throws Error.
   BouncePool(std::shared_ptr<CudaDevice> device, std::uint64_t piece_bytes, std::uint64_t bytes, int numa_node) {
     const std::uint64_t piece = (piece_bytes + kAlign - 1) / kAlign * kAlign;
-    const std::uint64_t count = std::max(bytes / piece, std::uint64_t{1});
-    const auto pinned = std::make_shared<PinnedMemory>(std::move(device), count * piece, numa_node);
+    count_ = std::max(bytes / piece, std::uint64_t{1});
+    const auto pinned = std::make_shared<PinnedMemory>(std::move(device), count_ * piece, numa_node);
     memory_ = pinned->memory();
-    for (std::uint64_t i = count; i-- > 0;) pieces_.add(memory_.data() + i * piece);
+    for (std::uint64_t i = count_; i-- > 0;) pieces_.add(memory_.data() + i * piece);
     pieces_.keep(pinned);
   }
 
   // Null if all pieces are out.
   Piece take() { return pieces_.take(); }
+  std::uint64_t count() const { return count_; }
   std::span<std::byte> memory() const { return memory_; }
   // Lives as long as the memory.
   std::shared_ptr<const void> owner() const { return pieces_.owner(); }
@@ -36,6 +37,7 @@ class BouncePool {
  private:
   static constexpr std::uint64_t kAlign = 256;
 
+  std::uint64_t count_ = 0;
   FreePieces pieces_;
   std::span<std::byte> memory_;
 };

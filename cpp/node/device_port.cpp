@@ -1,6 +1,7 @@
 // A GPU's caches: set-up, and what lands and departs.
 #include "node/device_port.h"
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
@@ -44,11 +45,7 @@ DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std:
       landing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       departing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       flags_(flags_of(device_, node.geometry().layers())) {
-  if (node.copier() == nullptr) return;
-  if (!nic_) {
-    node.on_fallback("copy_by_gpu");
-    return;
-  }
+  if (node.copier() == nullptr || !nic_) return;
   nic_in_.emplace(*node.copier(), nic_->landing.slots, within_, to_gpu_, HostSide::kFrom, node.counter());
   nic_out_.emplace(*node.copier(), nic_->departing.slots, within_, from_gpu_, HostSide::kTo, node.counter());
 }
@@ -80,13 +77,12 @@ void DevicePort::withdraw(std::uint64_t owner) {
 void DevicePort::copy_in(const Extent& from, bool on_gpu, std::span<const Extent> to, std::uint64_t owner,
                          std::shared_ptr<void> keep, std::uint64_t checksum, Copier::Done done) {
   const bool verify = verify_ && to_gpu_.can_verify(to);
-  const auto by = [&](auto& copier) {
-    if (verify) return copier.copy_verified({&from, 1}, to, owner, std::move(keep), checksum, std::move(done));
-    copier.copy({&from, 1}, to, owner, std::move(keep), std::move(done));
-  };
-  if (on_gpu) return by(within_);
-  if (nic_in_) return by(*nic_in_);
-  by(to_gpu_);
+  if (nic_in_ && !on_gpu) {
+    return nic_in_->copy_right({&from, 1}, to, owner, std::move(keep), checksum, verify, std::move(done));
+  }
+  CudaCopier& copier = on_gpu ? within_ : to_gpu_;
+  if (verify) return copier.copy_verified({&from, 1}, to, owner, std::move(keep), checksum, std::move(done));
+  copier.copy({&from, 1}, to, owner, std::move(keep), std::move(done));
 }
 
 GrantSink::Target Landing::target(std::uint64_t at, std::uint64_t bytes, Writer writer, std::span<Extent> out,
@@ -150,13 +146,18 @@ Departures::Departures(NodeState& node, DevicePort& port, const std::shared_ptr<
       failed_(std::move(failed)),
       lane_(lane),
       owner_(next_owner()),
-      sender_(node.sends(), link, grant, lane, *this,
-              [this](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
-                on_sent(layer, blocks, outcome);
-              }) {}
+      sender_(
+          node.sends(), link, grant, lane, *this,
+          [this](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
+            on_sent(layer, blocks, outcome);
+          },
+          std::max(
+              1u, static_cast<std::uint32_t>(std::min<std::uint64_t>(port.departing().count() / 4, kMaxWriteBlocks)))) {
+}
 
 Departures::~Departures() {
   node_.progress().cancel(retry_);
+  for (auto& [write, again] : again_) stop_waiting(again);
   port_.from_gpu().withdraw(owner_);
   port_.leaving().withdraw(owner_);
 }
@@ -175,7 +176,7 @@ void Departures::pump() {
     const bool by_nic = port_.nic() != nullptr && link().nic_writes(lane_) && Clock::now() >= pinned_until_;
     if (by_nic) piece = port_.nic()->departing.slots.take();
     const bool on_gpu = piece != nullptr;
-    if (!piece) piece = port_.departing().take();
+    if (!piece && port_.returned() == 0) piece = port_.departing().take();
     if (!piece) return pump_later();
     auto& [layer, runs] = *queued_.begin();
     take(layer, runs.front().next, piece, on_gpu);
@@ -200,7 +201,7 @@ void Departures::take(std::uint32_t layer, std::uint32_t index, const FreePieces
   Leaving& leaving = leaving_[key(layer, block.block)] = {index, piece, on_gpu, known || on_gpu, block.checksum};
   under_way_ += to.bytes;
   const auto taken = [this, layer, number = block.block, on_gpu](const Status& status) {
-    if (!status.ok()) return failed_(status);
+    if (!status.ok()) return Failed(failed_)(status);
     sender_.add(layer, number, 1, nullptr, on_gpu);
     send_later();
   };
@@ -237,34 +238,50 @@ void Departures::on_sent(std::uint32_t layer, const std::vector<std::uint32_t>& 
     if (gone.mapped().on_gpu && outcome.ok()) port_.add_nic_sent_bytes(bytes);
   }
   // The peer had it all the same.
-  std::erase_if(again_, [&](const auto& item) { return item.second.layer == layer && item.second.blocks == blocks; });
+  const auto again = std::find_if(again_.begin(), again_.end(), [&](const auto& item) {
+    return item.second.layer == layer && item.second.blocks == blocks;
+  });
+  if (again != again_.end()) {
+    stop_waiting(again->second);
+    again_.erase(again);
+  }
   const auto alive = std::weak_ptr(alive_);
   const Sent sent = sent_;
   sent(layer, blocks, outcome);
   if (!alive.expired()) pump();
 }
 
-// By pinned memory for a while: what ails the NIC may ail it again, and each try costs a copy and a round trip.
+// From pinned memory, and what follows too for a while: what ails the NIC may ail it again, and each try costs a copy
+// and a round trip.
 void Departures::on_returned(std::uint64_t write, std::uint32_t layer, const std::vector<std::uint32_t>& blocks) {
   node_.on_fallback("gpu_rdma_returned");
   pinned_until_ = Clock::now() + to_duration(kPinned);
-  again_[write] = {layer, blocks};
+  again_.emplace(write, Again{layer, blocks, blocks.size()});
+  ++port_.returned();
   pump();
 }
 
+void Departures::stop_waiting(Again& again) {
+  if (std::exchange(again.waits, false)) --port_.returned();
+}
+
 bool Departures::take_again(std::uint64_t write, Again& again) {
-  const std::uint64_t bytes = node_.geometry().layer_bytes(again.layer);
-  for (; again.next < again.blocks.size(); ++again.next) {
-    Leaving& leaving = leaving_.at(key(again.layer, again.blocks[again.next]));
-    leaving.piece = port_.departing().take();
-    if (!leaving.piece) return false;
-    leaving.on_gpu = false;  // its checksum it has
+  if (!again.waits) return true;
+  std::vector<FreePieces::Piece> pieces;
+  for (std::size_t i = 0; i < again.blocks.size(); ++i) {
+    pieces.push_back(port_.departing().take());
+    if (!pieces.back()) return false;
+  }
+  stop_waiting(again);
+  for (std::size_t i = 0; i < again.blocks.size(); ++i) {
+    Leaving& leaving = leaving_.at(key(again.layer, again.blocks[i]));
+    leaving.piece = pieces[i];
     WriteBlock block;
     source_.describe(again.layer, leaving.index, nullptr, block);
-    const Extent to{leaving.piece.get(), bytes};
-    port_.from_gpu().copy(std::span<const Extent>(block.source).first(block.extents), {&to, 1}, owner_, leaving.piece,
+    const Extent to{pieces[i].get(), node_.geometry().layer_bytes(again.layer)};
+    port_.from_gpu().copy(std::span<const Extent>(block.source).first(block.extents), {&to, 1}, owner_, pieces[i],
                           [this, write](const Status& status) {
-                            if (!status.ok()) return failed_(status);
+                            if (!status.ok()) return Failed(failed_)(status);
                             taken_again(write);
                           });
   }
@@ -273,9 +290,10 @@ bool Departures::take_again(std::uint64_t write, Again& again) {
 
 void Departures::taken_again(std::uint64_t write) {
   const auto found = again_.find(write);
-  if (found == again_.end() || ++found->second.taken < found->second.blocks.size()) return;
+  if (found == again_.end() || --found->second.left > 0) return;
   const Again again = std::move(found->second);
   again_.erase(found);
+  for (const std::uint32_t block : again.blocks) leaving_.at(key(again.layer, block)).on_gpu = false;
   sender_.write_again(write, again.layer, again.blocks);
 }
 

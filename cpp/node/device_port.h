@@ -74,6 +74,8 @@ class DevicePort {
   BouncePool& landing() { return landing_; }
   BouncePool& departing() { return departing_; }
   CudaCopier& leaving() { return leaving_; }  // from a cache to the slots that NICs read
+  // Writes that no NIC made, and that wait for pinned memory: nothing else gets any of departing() until they have it.
+  std::uint32_t& returned() { return returned_; }
   // For a load: a flag a layer, of equal values, that GPUs wait for one more of. They only grow, so that a GPU which
   // comes late, when another load has them, does not wait for that one.
   BouncePool::Piece take_flags() { return flags_->take(); }
@@ -86,6 +88,7 @@ class DevicePort {
   std::uint64_t gds_bytes_ = 0;
   const std::unique_ptr<NicSlots> nic_;
   std::uint64_t nic_bytes_ = 0, nic_sent_bytes_ = 0;
+  std::uint32_t returned_ = 0;
   CudaCopier to_gpu_, from_gpu_, within_, leaving_;
   std::map<int, std::unique_ptr<CudaCopier>> from_gpus_;  // others, by ordinal
   std::optional<GpuNicCopier> nic_in_, nic_out_;
@@ -157,12 +160,12 @@ class Departures : public BlockSender, private BlockSource {
     bool summed;
     std::uint64_t checksum;
   };
-  // A write that no NIC made, whose blocks are taken anew.
+  // A write that no NIC made, whose blocks are taken anew: all at once, so that no two wait for each other's memory.
   struct Again {
     std::uint32_t layer;
     std::vector<std::uint32_t> blocks;
-    std::size_t next = 0;   // to be taken
-    std::size_t taken = 0;  // and in pinned memory
+    std::size_t left;  // to come to pinned memory
+    bool waits = true;
   };
   static std::uint64_t key(std::uint32_t layer, std::uint32_t block) { return std::uint64_t{layer} << 32 | block; }
 
@@ -172,6 +175,7 @@ class Departures : public BlockSender, private BlockSource {
   void take(std::uint32_t layer, std::uint32_t index, const FreePieces::Piece& to, bool on_gpu);
   // False if there is no memory for all of it now.
   bool take_again(std::uint64_t write, Again& again);
+  void stop_waiting(Again& again);
   void taken_again(std::uint64_t write);
   void pump_later();
   void send_later();

@@ -59,11 +59,12 @@ void SendQueue::on_write_done(Link& link, std::uint64_t id, Outcome outcome) {
   pump(link);
 }
 
-void SendQueue::on_write_returned(std::uint64_t id) {
+void SendQueue::on_write_returned(Link& link, std::uint64_t id) {
   const auto found = in_flight_.find(id);
   if (found == in_flight_.end()) return;
   const InFlight flight = found->second;
   flight.sender->source_.on_returned(id, flight.layer, flight.blocks);
+  pump(link);
 }
 
 void SendQueue::pump_later(const std::shared_ptr<Link>& link) {
@@ -84,14 +85,15 @@ std::uint64_t SendQueue::bandwidth(const Link& link) const {
 }
 
 LayerSender::LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane,
-                         BlockSource& source, Sent sent)
+                         BlockSource& source, Sent sent, std::uint32_t most_blocks)
     : queue_(queue),
       link_(std::move(link)),
       owner_(next_owner()),
       grant_(grant),
       lane_(lane),
       source_(source),
-      sent_(std::move(sent)) {}
+      sent_(std::move(sent)),
+      most_blocks_(most_blocks) {}
 
 LayerSender::~LayerSender() {
   queue_.remove(*this);
@@ -108,7 +110,7 @@ void LayerSender::add(std::uint32_t layer, std::uint32_t first, std::uint32_t co
 
 std::uint32_t LayerSender::frame_blocks() const {
   const std::uint64_t layer_bytes = queue_.geometry().layer_bytes(queued_.begin()->first);
-  return static_cast<std::uint32_t>(std::clamp<std::uint64_t>(queue_.frame_bytes() / layer_bytes, 1, kMaxWriteBlocks));
+  return static_cast<std::uint32_t>(std::clamp<std::uint64_t>(queue_.frame_bytes() / layer_bytes, 1, most_blocks_));
 }
 
 std::uint64_t LayerSender::next_bytes() const {

@@ -49,7 +49,7 @@ class SendQueue {
   void pump_later(const std::shared_ptr<Link>& link);
   // Routes a completion to its sender and lets waiting ones go on.
   void on_write_done(Link& link, std::uint64_t id, Outcome outcome);
-  void on_write_returned(std::uint64_t id);
+  void on_write_returned(Link& link, std::uint64_t id);
   void on_closed(Link& link);
   // Bytes/s acknowledged on the link while it was the bottleneck, moving average; 0 = it never was.
   std::uint64_t bandwidth(const Link& link) const;
@@ -95,9 +95,9 @@ class BlockSender {
 
 class LayerSender : public BlockSender {
  public:
-  // `source` must outlive the sender.
+  // `source` must outlive the sender. `most_blocks`: of a write.
   LayerSender(SendQueue& queue, std::shared_ptr<Link> link, std::uint64_t grant, Lane lane, BlockSource& source,
-              Sent sent);
+              Sent sent, std::uint32_t most_blocks = kMaxWriteBlocks);
   ~LayerSender() override;
 
   void add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) override {
@@ -135,6 +135,7 @@ class LayerSender : public BlockSender {
   const Lane lane_;
   BlockSource& source_;
   const Sent sent_;
+  const std::uint32_t most_blocks_;
   bool in_turn_ = false;  // stands in a queue of turns
   std::map<std::uint32_t, std::deque<Run>> queued_;
 };

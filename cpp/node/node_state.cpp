@@ -223,6 +223,9 @@ void NodeState::prepare(const PagedKv& cache) {
   }
   if (!std::exchange(pinned_, true)) pin_staging(device);
   auto port = std::make_unique<DevicePort>(*this, device, make_gds(device), make_nic_slots(device));
+  if (copier_ && port->nic() == nullptr) {
+    fallbacks_.count("copy_by_gpu", text("copy='nic' to GPU ", device->ordinal(), " needs gpu_rdma"));
+  }
   progress_->run([&] {
     for (const BouncePool* pool : {&port->landing(), &port->departing()}) {
       memory_->add(pool->memory(), pool->owner());

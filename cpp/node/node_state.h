@@ -108,7 +108,7 @@ class NodeState : public LinkEvents, public std::enable_shared_from_this<NodeSta
   void on_closed(Link& link, const Status& why) override;
   void on_message(Link& link, std::span<const std::byte> message) override;
   void on_write_done(Link& link, std::uint64_t id, Outcome outcome) override;
-  void on_write_returned(Link&, std::uint64_t id) override { sends_.on_write_returned(id); }
+  void on_write_returned(Link& link, std::uint64_t id) override { sends_.on_write_returned(link, id); }
   void on_refused() override;
   void on_hostile() override;
   void on_fallback(const std::string& what) override;

@@ -16,10 +16,17 @@ void GpuNicCopier::bring(const std::shared_ptr<Job>& job, const FreePieces::Piec
   const Extent there{slot.get(), job->from.bytes()};
   nic_.copy_or_fail(job->from.span(), {&there, 1}, job->owner, job->keep, [this, job, slot, there](const Status& is) {
     if (!is.ok()) return not_by_nic(*job);
-    bytes_ += there.bytes;
     within_.settle_nic_writes();
-    by(within_, {&there, 1}, slot, *job);
+    if (!job->checksum) return copy_on(*job, slot);
+    within_.verify({&there, 1}, job->owner, slot, *job->checksum,
+                   [this, job, slot](const Status& right) { right.ok() ? copy_on(*job, slot) : not_by_nic(*job); });
   });
+}
+
+void GpuNicCopier::copy_on(const Job& job, const FreePieces::Piece& slot) {
+  const Extent there{slot.get(), job.from.bytes()};
+  bytes_ += there.bytes;
+  by(within_, {&there, 1}, slot, job);
 }
 
 void GpuNicCopier::fetch(const std::shared_ptr<Job>& job, const FreePieces::Piece& slot) {
@@ -35,7 +42,7 @@ void GpuNicCopier::fetch(const std::shared_ptr<Job>& job, const FreePieces::Piec
 }
 
 void GpuNicCopier::by(CudaCopier& copier, std::span<const Extent> from, std::shared_ptr<void> keep, const Job& job) {
-  if (job.checksum) {
+  if (job.verify) {
     return copier.copy_verified(from, job.to.span(), job.owner, std::move(keep), *job.checksum, job.done);
   }
   copier.copy(from, job.to.span(), job.owner, std::move(keep), job.done);

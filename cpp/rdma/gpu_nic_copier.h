@@ -29,10 +29,11 @@ class GpuNicCopier : public Copier {
             Done done) override {
     begin({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, {}});
   }
-  // To the GPU only; see CudaCopier::copy_verified.
-  void copy_verified(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
-                     std::shared_ptr<void> keep, std::uint64_t checksum, Done done) {
-    begin({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, checksum});
+  // To the GPU, of what comes to `checksum`: looked at in the slot, and `verify`: again where it was copied to, see
+  // CudaCopier::copy_verified. What a NIC got wrong the GPU copies.
+  void copy_right(std::span<const Extent> from, std::span<const Extent> to, std::uint64_t owner,
+                  std::shared_ptr<void> keep, std::uint64_t checksum, bool verify, Done done) {
+    begin({{Extents(from), Extents(to), owner, std::move(keep), std::move(done)}, checksum, verify});
   }
   void withdraw(std::uint64_t owner) override;
   std::uint64_t bytes() const { return bytes_; }  // that the NIC brought
@@ -40,10 +41,12 @@ class GpuNicCopier : public Copier {
  private:
   struct Job : CopyJob {
     std::optional<std::uint64_t> checksum;
+    bool verify = false;
   };
   void begin(Job job);
   void bring(const std::shared_ptr<Job>& job, const FreePieces::Piece& slot);
   void fetch(const std::shared_ptr<Job>& job, const FreePieces::Piece& slot);
+  void copy_on(const Job& job, const FreePieces::Piece& slot);
   static void by(CudaCopier& copier, std::span<const Extent> from, std::shared_ptr<void> keep, const Job& job);
   void not_by_nic(const Job& job);
 

@@ -97,14 +97,17 @@ class SocketLink : public Link,
     lane_bytes_[static_cast<int>(write.lane)] += bytes;
     stats_.bytes_sent[static_cast<int>(write.lane)] += bytes;
     const std::uint64_t id = write.id;
-    submit(pending_.emplace(id, Pending{std::move(write), bytes, nullptr}).first->second);
+    const Pending& pending = pending_.emplace(id, Pending{std::move(write), bytes, nullptr}).first->second;
+    if (!path_ || !path_->write(pending.write)) send_inline(id);
   }
 
   void write_again(LayerWrite write) override {
     const auto found = pending_.find(write.id);
     if (found == pending_.end()) return;
     found->second.write = std::move(write);
-    submit(found->second);
+    found->second.returned = false;
+    lane_bytes_[static_cast<int>(found->second.write.lane)] += found->second.bytes;
+    send_inline(found->first);
   }
 
   void withdraw(std::uint64_t owner) override {
@@ -116,7 +119,7 @@ class SocketLink : public Link,
       }
       if (pending.channel) pending.channel->withdraw(pending.write.id);
       if (path_) path_->withdraw(pending.write.id);
-      lane_bytes_[static_cast<int>(pending.write.lane)] -= pending.bytes;
+      free_window(pending);
       item = pending_.erase(item);
     }
   }
@@ -188,7 +191,12 @@ class SocketLink : public Link,
     LayerWrite write;
     std::uint64_t bytes;
     std::shared_ptr<Channel> channel;  // that its frame went to; null: by RDMA
+    bool returned = false;             // and not written again yet
   };
+
+  void free_window(const Pending& pending) {
+    if (!pending.returned) lane_bytes_[static_cast<int>(pending.write.lane)] -= pending.bytes;
+  }
 
   void send_frame(Pending& pending) {
     auto& channels = lanes_[static_cast<int>(pending.write.lane)];
@@ -198,13 +206,10 @@ class SocketLink : public Link,
     pending.channel->send(frame_of(pending.write));
   }
 
-  void submit(Pending& pending) {
-    if (!path_) return send_frame(pending);
-    if (!path_->write(pending.write)) send_inline(pending.write.id);
-  }
-
   // Told later: the path, or whoever writes, is in the middle of its work.
   void give_back(Pending& pending) {
+    free_window(pending);
+    pending.returned = true;
     pending.write.blocks.clear();
     progress_.post([weak = weak_from_this(), id = pending.write.id] {
       const auto self = weak.lock();
@@ -227,14 +232,14 @@ class SocketLink : public Link,
     auto node = pending_.extract(id);
     if (node.empty()) return;
     node.mapped().write.blocks.clear();  // whoever hears of it may want their memory for the next
-    lane_bytes_[static_cast<int>(node.mapped().write.lane)] -= node.mapped().bytes;
+    free_window(node.mapped());
     events_.on_write_done(*this, id, outcome);
   }
   void send_inline(std::uint64_t id) override {
     const auto found = pending_.find(id);
     if (found == pending_.end()) return;
     if (found->second.write.nic_only) return give_back(found->second);
-    events_.on_fallback("rdma_inline");
+    if (path_) events_.on_fallback("rdma_inline");
     send_frame(found->second);
   }
   void written(Lane lane, const InboundWrite& write, Outcome outcome) override {

@@ -53,8 +53,8 @@ class Link {
   virtual bool nic_writes(Lane) const { return false; }
   // Only after can_write() said yes. What is nic_only comes back by on_write_returned if no NIC makes it.
   virtual void write(LayerWrite write) = 0;
-  // One that came back, from other memory: unless the peer has answered meanwhile, which has been told then. It has
-  // kept its place in the lane's window.
+  // One that came back, from memory that the CPU reads: not by a NIC, as the peer may yet clear what it was asked for
+  // before. Nothing if the peer has answered meanwhile, which has been told then. Whether or not the window has room.
   virtual void write_again(LayerWrite) {}
   // Gives the source memory of the owner's writes back at once: what has not left is dropped, no on_write_done
   // follows.
@@ -75,8 +75,8 @@ class LinkEvents {
   virtual void on_message(Link& link, std::span<const std::byte> message) = 0;
   // The peer has verified (or refused) a write; its window space is free again.
   virtual void on_write_done(Link& link, std::uint64_t id, Outcome outcome) = 0;
-  // A nic_only write that no NIC makes, or whose NIC failed: nothing reads its memory any more. The peer may have got
-  // none, some or all of it, and may answer yet: to be written again, under its id, or withdrawn.
+  // A nic_only write that no NIC makes, or whose NIC failed: nothing reads its memory any more, and its window space is
+  // free. The peer may have got none, some or all of it, and may answer yet: to be written again, or withdrawn.
   virtual void on_write_returned(Link& link, std::uint64_t id) = 0;
   virtual void on_refused() = 0;  // a connection that did not prove itself
   virtual void on_hostile() = 0;  // a frame no peer would send; its connection is closed

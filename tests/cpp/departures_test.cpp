@@ -76,20 +76,33 @@ class DeparturesTest : public NodeTestBase, public BlockSource, public ::testing
     });
     return count;
   }
-  // Looks at what is written and where from, and lets the peer acknowledge it, or no NIC take it.
-  void look(bool nic, bool give_back = false) {
+  // Looks at what is written and where from; the peer acknowledges it.
+  void look(bool nic) {
     on_progress([&] {
-      for (LayerWrite& write : std::exchange(link_->writes, {})) {
+      for (const LayerWrite& write : std::exchange(link_->writes, {})) {
         EXPECT_EQ(write.nic_only, nic);
-        for (const WriteBlock& block : write.blocks) look_at(write.layer, block, nic);
-        if (give_back) {
-          write.blocks.clear();
-          state_->sends().on_write_returned(write.id);
-        } else {
-          state_->sends().on_write_done(*link_, write.id, {});
-        }
+        look_at(write);
+        state_->sends().on_write_done(*link_, write.id, {});
       }
     });
+  }
+  // No NIC takes what only a NIC reads; the peer acknowledges the rest.
+  void give_back() {
+    on_progress([&] {
+      for (LayerWrite& write : std::exchange(link_->writes, {})) {
+        look_at(write);
+        if (!write.nic_only) {
+          state_->sends().on_write_done(*link_, write.id, {});
+          continue;
+        }
+        write.blocks.clear();  // the link holds their memory no more
+        link_->returned.insert(write.id);
+        state_->sends().on_write_returned(*link_, write.id);
+      }
+    });
+  }
+  void look_at(const LayerWrite& write) {
+    for (const WriteBlock& block : write.blocks) look_at(write.layer, block, write.nic_only);
   }
   void look_at(std::uint32_t layer, const WriteBlock& block, bool nic) {
     const std::uint32_t index = block.block - kFirst;
@@ -173,7 +186,7 @@ TEST_F(DeparturesTest, WithoutASlotOrANicItGoesByPinnedMemory) {
 TEST_F(DeparturesTest, WhatNoNicTookGoesByPinnedMemoryAndAllThatFollows) {
   send(0, 3);
   ASSERT_TRUE(eventually([&] { return written() == 3; }));
-  look(/*nic=*/true, /*give_back=*/true);
+  give_back();
   EXPECT_EQ(sent_, 0u);
   on_progress([&] { EXPECT_EQ(free_here(), kSlots); });
   send(1, 2);
@@ -196,16 +209,18 @@ TEST_F(OneByOneDeparturesTest, AnAnswerThatComesLateIsGoodEnough) {
   send(0, 2);
   ASSERT_TRUE(eventually([&] { return written() == 2; }));
   std::uint64_t first = 0;
-  {
-    const HeldKernels held;
-    on_progress([&] {
-      first = link_->writes.front().id;
-      for (const LayerWrite& write : std::exchange(link_->writes, {})) state_->sends().on_write_returned(write.id);
-      EXPECT_EQ(free_here(), kSlots);
-      state_->sends().on_write_done(*link_, first, {});
-    });
-    EXPECT_EQ(sent_, 1u);
-  }
+  on_progress([&] {
+    first = link_->writes.front().id;
+    for (const LayerWrite& write : std::exchange(link_->writes, {})) {
+      link_->returned.insert(write.id);
+      state_->sends().on_write_returned(*link_, write.id);
+    }
+    EXPECT_EQ(free_here(), kSlots);
+    link_->returned.erase(first);
+    state_->sends().on_write_done(*link_, first, {});
+  });
+  EXPECT_EQ(sent_, 1u);
+  EXPECT_EQ(by_nic(), geometry_.layer_bytes(0)) << "that way it came";
   ASSERT_TRUE(eventually([&] { return written() == 1; }));
   on_progress([&] { EXPECT_NE(link_->writes.front().id, first); });
   look(/*nic=*/false);
@@ -222,12 +237,53 @@ TEST_F(DeparturesTest, WhatNoNicTookWaitsForPinnedMemory) {
   });
   ASSERT_GT(taken.size(), 3u);
   taken.pop_back();
-  look(/*nic=*/true, /*give_back=*/true);
+  give_back();
   EXPECT_EQ(written(), 0u);
   on_progress([&] { taken.clear(); });
   ASSERT_TRUE(eventually([&] { return written() == 3; }));
   look(/*nic=*/false);
   EXPECT_EQ(sent_, 3u);
+}
+
+class TightDeparturesTest : public DeparturesTest {
+ protected:
+  TightDeparturesTest() {
+    gpu_.bounce_bytes = 4 * 6912;
+    frame_ = 1;
+    link_ = std::make_shared<TestLink>(kSlots * 6400);
+  }
+};
+
+// What came back has the memory that others wait with for the window which it had.
+TEST_F(TightDeparturesTest, WhatWaitsForMemoryWaitsForNobodyWhoWaitsForIt) {
+  send(0, 2 * kSlots);
+  for (int i = 0; i < 20 && sent_ < 2 * kSlots; ++i) {
+    ASSERT_TRUE(eventually([&] { return written() > 0; })) << sent_;
+    give_back();
+  }
+  EXPECT_EQ(sent_, 2 * kSlots);
+  EXPECT_EQ(seen_.size(), 2 * kSlots);
+  EXPECT_GE(state_->stats().fallbacks["gpu_rdma_returned"], 1u);
+}
+
+class WideDeparturesTest : public DeparturesTest {
+ protected:
+  WideDeparturesTest() {
+    gpu_.bounce_bytes = 8 * 6912;
+    frame_ = 8 * 6912;
+  }
+};
+
+TEST_F(WideDeparturesTest, WritesAreNoLargerThanFitsIntoPinnedMemoryWithOthers) {
+  send(0, kSlots);
+  ASSERT_TRUE(eventually([&] { return written() == kSlots; }));
+  on_progress([&] {
+    for (const LayerWrite& write : link_->writes) EXPECT_LE(write.blocks.size(), 2u);
+  });
+  give_back();
+  ASSERT_TRUE(eventually([&] { return written() == kSlots; }));
+  look(/*nic=*/false);
+  EXPECT_EQ(sent_, kSlots);
 }
 
 TEST_F(DeparturesTest, WhatEndsInTheMiddleGivesItsSlotsBackAndSendsNothingMore) {

@@ -338,23 +338,34 @@ TEST_F(GpuRdmaSendTest, APeerWithoutRegisteredMemoryGetsItAllTheSame) {
   EXPECT_GE(fallbacks("gpu_rdma_returned"), 1u);
 }
 
-// Whose end takes the queue pair down, under the writes of another.
+// Its end takes the queue pair down, with the writes of another on it.
 TEST_F(GpuRdmaSendTest, OneThatIsDroppedCostsAnotherNothing) {
-  start_all(narrow());
-  for (int round = 0; round < 10; ++round) {
+  NodeOptions pe = narrow();
+  pe.rdma.stall_s = 0.3;
+  start_all(pe);
+  for (int round = 0; round < 3; ++round) {
     const TestCache first(geometry_, kBlocks), second(geometry_, kBlocks);
     const Grant of_first = de_->grant("pe", first.paged(), iota_ids(kBlocks), 10);
     const Grant of_second = de_->grant("pe", second.paged(), iota_ids(kBlocks), 10);
-    std::optional<Operation> dropped(pe_->peer("de").send_layers(request(of_first)));
-    const Operation kept = pe_->peer("de").send_layers(request(of_second));
-    std::this_thread::sleep_for(std::chrono::milliseconds(round));
-    dropped.reset();
-    const Status status = kept.wait(in(10));
+    std::optional<Operation> kept;
+    {
+      // The NIC has them, and does nothing.
+      std::atomic<int> posts{0};
+      const PostHook hook(
+          [&](ibv_qp*, ibv_send_wr* wr) { return carries_data(wr) && ++posts ? PostHook::kSwallow : 0; });
+      const std::uint64_t before = pe_->stats().links.at(0).rdma.fences;
+      std::optional<Operation> dropped(pe_->peer("de").send_layers(request(of_first)));
+      kept.emplace(pe_->peer("de").send_layers(request(of_second)));
+      ASSERT_TRUE(eventually([&] { return posts >= 3; }));
+      dropped.reset();
+      EXPECT_GT(pe_->stats().links.at(0).rdma.fences, before);
+    }
+    const Status status = kept->wait(in(10));
     ASSERT_TRUE(status.ok()) << round << ": " << status.message;
     EXPECT_TRUE(of_second.wait(geometry_.layers() - 1, in(10)).ok());
     expect_right(second);
+    ASSERT_TRUE(eventually([&] { return pe_->stats().links.at(0).rdma.queue_pairs_up == 4; }));
   }
-  ASSERT_TRUE(eventually([&] { return pe_->stats().links.at(0).rdma.queue_pairs_up == 4; }));
   std::optional<TestCache> to;
   const std::uint64_t before = left();
   ASSERT_TRUE(send(to).ok());
@@ -423,8 +434,25 @@ TEST_F(GpuNicCopyTest, LoadsAreExact) {
   run_whole(split);
   EXPECT_GE(gpu().to_gpu_by_nic - before.to_gpu_by_nic, 2 * hit_bytes());
   EXPECT_EQ(gpu().to_gpu.bytes, before.to_gpu.bytes);
-  // But for the last layer, whose planes are not of whole 64 bytes.
+  // In slots; in the cache again but for the last layer, whose planes are not of whole 64 bytes.
   EXPECT_GE(gpu().within.verified - before.within.verified, 3 * kBlocks * (geometry_.layers() - 1));
+}
+
+TEST_F(GpuNicCopyTest, WhatTheNicGetsWrongTheGpuCopies) {
+  start_copying(direct());
+  const std::uint64_t before = fallbacks("copy_by_gpu");
+  std::atomic<int> posts{0};
+  {
+    // The wrong bytes of the staging.
+    const PostHook hook([&](ibv_qp*, ibv_send_wr* wr) {
+      if (carries_data(wr) && posts++ == 0) wr->sg_list[0].addr += 64;
+      return 0;
+    });
+    PrefillOnly prefill;
+    run_whole(prefill);
+  }
+  EXPECT_GE(posts, 1);
+  EXPECT_GT(fallbacks("copy_by_gpu"), before);
 }
 
 TEST_F(GpuNicCopyTest, WhatTheNicDoesNotTakeTheGpuCopies) {
@@ -469,10 +497,13 @@ TEST_F(GpuNicCopyTest, WithNoSlotLeftTheGpuCopies) {
 TEST_F(GpuNicCopyTest, WhatIsWithdrawnTouchesTheCacheNoMore) {
   start_copying(direct());
   TestCache there(geometry_, kBlocks, device_);
+  int unfinished = 0;
   for (int round = 0; round < 20; ++round) {
     for (std::uint32_t i = 0; i < kBlocks; ++i) there.fill(i, 900);
     std::optional<Operation> copying(
         pe_->copy({host_.paged(), iota_ids(kBlocks), there.paged(), iota_ids(kBlocks), {0, geometry_.layers()}}));
+    std::this_thread::sleep_for(std::chrono::microseconds(500 * round));
+    unfinished += !copying->wait(in(0)).ok();
     copying.reset();
     for (std::uint32_t i = 0; i < kBlocks; ++i) there.fill(i, 901);
     const TestCache other(geometry_, kBlocks, device_);
@@ -480,6 +511,7 @@ TEST_F(GpuNicCopyTest, WhatIsWithdrawnTouchesTheCacheNoMore) {
     expect_right(other);
     for (std::uint32_t i = 0; i < kBlocks; ++i) EXPECT_TRUE(there.holds(i, 901)) << round;
   }
+  EXPECT_GT(unfinished, 2);
 }
 
 TEST_F(GpuNicCopyTest, WithoutSlotsItIsSaid) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <set>
 
 #include "transport/transport.h"
 
@@ -12,7 +13,8 @@ class TestLink : public Link {
   explicit TestLink(std::uint64_t window = UINT64_MAX) : window_(window) {}
 
   bool nic = false;
-  std::deque<LayerWrite> writes;  // that nobody has looked at
+  std::deque<LayerWrite> writes;     // that nobody has looked at
+  std::set<std::uint64_t> returned;  // and not answered
 
   const std::string& peer() const override { return peer_; }
   bool open() const override { return true; }
@@ -20,7 +22,9 @@ class TestLink : public Link {
   bool can_write(Lane, std::uint64_t bytes) const override { return used() == 0 || used() + bytes <= window_; }
   bool nic_writes(Lane) const override { return nic; }
   void write(LayerWrite write) override { writes.push_back(std::move(write)); }
-  void write_again(LayerWrite write) override { writes.push_back(std::move(write)); }
+  void write_again(LayerWrite write) override {
+    if (returned.erase(write.id) > 0) writes.push_back(std::move(write));
+  }
   void withdraw(std::uint64_t owner) override {
     std::erase_if(writes, [&](const LayerWrite& write) { return write.owner == owner; });
   }

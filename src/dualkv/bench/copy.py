@@ -36,14 +36,14 @@ _GPU_NIC = "gpu-nic"  # as copy="nic" does with gpu_rdma: the NIC to a slot, the
 ENGINES = ("cpu", "nic", *_GPU_ENGINES, _VERIFIED, _GPU_NIC)
 _BY_NODE = ("cpu", "nic", _GPU_NIC)
 _DEADLINE_S = 60.0
-_SLOTS = "256MiB"
 _ONE_COPY = "one copy of as many bytes, pinned memory"
 _MEMCPY = "memcpy of the same scattered blocks, one thread, huge pages"
 
 
 @dataclass(frozen=True)
 class CopyOptions:
-    """What to measure: every engine with every size and count, those of GPUs in both directions.
+    """What to measure: every engine with every size and count, those of GPUs in both directions; ``gpu-nic`` with
+    sizes of whole 64 bytes only.
 
     ``rdma_device``: of ``nic`` and ``gpu-nic``; none: the nearest. ``gpu``: whose memory.
     """
@@ -65,7 +65,7 @@ class CopyOptions:
             for direction in _directions(engine)
             for size in self.block_bytes
             for count in self.counts
-            if size * count <= self.most
+            if size * count <= self.most and (engine != _GPU_NIC or size % 64 == 0)
         ]
 
     def check(self) -> None:
@@ -115,7 +115,7 @@ class Copier:
         if case.rdma_device:
             options["rdma_options"] = {"devices": case.rdma_device}
         if arena:
-            options["gpu_rdma"] = _SLOTS
+            options["gpu_rdma"] = max(256 << 20, 4 * case.block_bytes)
         self.node = make_node("bench-copy", case.block_bytes, directory, (), **options)
         try:
             self._pattern = Pattern(case.block_bytes)
