@@ -30,6 +30,11 @@ std::shared_ptr<BouncePool> flags_of(const std::shared_ptr<CudaDevice>& device, 
   return pool;
 }
 
+// Of a write: one that came back must fit into pinned memory, beside others.
+std::uint32_t most_blocks(const BouncePool& departing) {
+  return static_cast<std::uint32_t>(std::clamp<std::uint64_t>(departing.count() / 4, 1, kMaxWriteBlocks));
+}
+
 }  // namespace
 
 DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std::unique_ptr<GpuStaging> gds,
@@ -151,9 +156,7 @@ Departures::Departures(NodeState& node, DevicePort& port, const std::shared_ptr<
           [this](std::uint32_t layer, const std::vector<std::uint32_t>& blocks, Outcome outcome) {
             on_sent(layer, blocks, outcome);
           },
-          std::max(
-              1u, static_cast<std::uint32_t>(std::min<std::uint64_t>(port.departing().count() / 4, kMaxWriteBlocks)))) {
-}
+          most_blocks(port.departing())) {}
 
 Departures::~Departures() {
   node_.progress().cancel(retry_);
