@@ -319,15 +319,13 @@ TEST_F(GpuTest, AStreamWaitsForALayerAndTheCpuDoesNot) {
   Load load = pe_->load({plan(policy), cache.paged(), iota_ids(kBlocks), 20});
   TestStream stream;
   const std::uint32_t last = geometry_.layers() - 1;
-  std::vector<std::byte> read(geometry_.layer_bytes(last)), expected(read.size());
+  std::vector<std::byte> read(geometry_.layer_bytes(last)), expected = cache.expected(last, kBlocks);
   load.wait_on_stream(last, stream.get());
   EXPECT_FALSE(load.milestones()->reached(last)) << "the call waited";
   stream.read(*cache.paged(), last, kBlocks - 1, read);
   EXPECT_FALSE(stream.idle());
   stream.wait();
   EXPECT_TRUE(load.milestones()->reached(last));
-  std::mt19937_64 random(kBlocks * 1000 + last);
-  for (std::byte& byte : expected) byte = static_cast<std::byte>(random());
   EXPECT_EQ(read, expected);
   load.wait_on_stream(0, stream.get());  // one that has long been there holds nothing up
   stream.wait();
@@ -424,9 +422,7 @@ TEST_F(GpuTest, AGraphWaitsForOneLoadAfterTheOther) {
   TestStream stream;
   TestCache cache(geometry_, 64, 0);
   const std::uint32_t last = geometry_.layers() - 1;
-  std::vector<std::byte> read(geometry_.layer_bytes(last)), expected(read.size());
-  std::mt19937_64 random(kBlocks * 1000 + last);
-  for (std::byte& byte : expected) byte = static_cast<std::byte>(random());
+  std::vector<std::byte> read(geometry_.layer_bytes(last)), expected = cache.expected(last, kBlocks);
   capture(stream.get());
   for (std::uint32_t layer = 0; layer < geometry_.layers(); ++layer) {
     gates.wait(layer, stream.get());
@@ -510,9 +506,7 @@ TEST_F(GpuTest, ALoadThatWasGivenUpDoesNotOpenTheGatesOfTheNext) {
   TestCache cache(geometry_, kBlocks, 0);
   DecodeOnly policy;
   const std::uint32_t last = geometry_.layers() - 1;
-  std::vector<std::byte> read(geometry_.layer_bytes(last)), expected(read.size());
-  std::mt19937_64 random(kBlocks * 1000 + last);
-  for (std::byte& byte : expected) byte = static_cast<std::byte>(random());
+  std::vector<std::byte> read(geometry_.layer_bytes(last)), expected = cache.expected(last, kBlocks);
   for (int round = 0; round < 10; ++round) {
     cache.fill(kBlocks - 1, 900);
     TestStream closed;
