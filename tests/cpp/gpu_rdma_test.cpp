@@ -382,7 +382,7 @@ TEST_F(GpuRdmaSendTest, APublishOverAFailingQueuePairIsExact) {
 }
 
 // Copies within a node to a GPU and back, by its NIC.
-class GpuNicCopyTest : public GpuRdmaTestBase {
+class GpuRdmaCopyTest : public GpuRdmaTestBase {
  protected:
   void SetUp() override {
     GpuRdmaTestBase::SetUp();
@@ -408,7 +408,7 @@ class GpuNicCopyTest : public GpuRdmaTestBase {
   TestCache host_{geometry_, kBlocks};
 };
 
-TEST_F(GpuNicCopyTest, EveryByteThereAndBack) {
+TEST_F(GpuRdmaCopyTest, EveryByteThereAndBack) {
   start_copying(direct());
   const GpuStats before = gpu();
   const TestCache there(geometry_, kBlocks, device_), back(geometry_, kBlocks);
@@ -422,7 +422,7 @@ TEST_F(GpuNicCopyTest, EveryByteThereAndBack) {
   EXPECT_EQ(gpu().from_gpu.bytes, 0u);
 }
 
-TEST_F(GpuNicCopyTest, LoadsAreExact) {
+TEST_F(GpuRdmaCopyTest, LoadsAreExact) {
   NodeOptions pe = direct();
   pe.gpu.verify = true;
   start_copying(pe);
@@ -438,7 +438,7 @@ TEST_F(GpuNicCopyTest, LoadsAreExact) {
   EXPECT_GE(gpu().within.verified - before.within.verified, 3 * kBlocks * (geometry_.layers() - 1));
 }
 
-TEST_F(GpuNicCopyTest, WhatTheNicGetsWrongTheGpuCopies) {
+TEST_F(GpuRdmaCopyTest, WhatTheNicGetsWrongTheGpuCopies) {
   start_copying(direct());
   const std::uint64_t before = fallbacks("copy_by_gpu");
   std::atomic<int> posts{0};
@@ -455,7 +455,7 @@ TEST_F(GpuNicCopyTest, WhatTheNicGetsWrongTheGpuCopies) {
   EXPECT_GT(fallbacks("copy_by_gpu"), before);
 }
 
-TEST_F(GpuNicCopyTest, WhatTheNicDoesNotTakeTheGpuCopies) {
+TEST_F(GpuRdmaCopyTest, WhatTheNicDoesNotTakeTheGpuCopies) {
   start_copying(direct());
   for (int round = 0; round < 2; ++round) {
     const std::uint64_t before = fallbacks("copy_by_gpu");
@@ -480,7 +480,7 @@ TEST_F(GpuNicCopyTest, WhatTheNicDoesNotTakeTheGpuCopies) {
   }
 }
 
-TEST_F(GpuNicCopyTest, WithNoSlotLeftTheGpuCopies) {
+TEST_F(GpuRdmaCopyTest, WithNoSlotLeftTheGpuCopies) {
   start_copying(direct(3));
   const GpuStats before = gpu();
   const TestCache there(geometry_, kBlocks, device_), back(geometry_, kBlocks);
@@ -494,7 +494,7 @@ TEST_F(GpuNicCopyTest, WithNoSlotLeftTheGpuCopies) {
   EXPECT_EQ(gpu().from_gpu_by_nic + gpu().from_gpu.bytes, hit_bytes());
 }
 
-TEST_F(GpuNicCopyTest, WhatIsWithdrawnTouchesTheCacheNoMore) {
+TEST_F(GpuRdmaCopyTest, WhatIsWithdrawnTouchesTheCacheNoMore) {
   start_copying(direct());
   TestCache there(geometry_, kBlocks, device_);
   int unfinished = 0;
@@ -514,7 +514,7 @@ TEST_F(GpuNicCopyTest, WhatIsWithdrawnTouchesTheCacheNoMore) {
   EXPECT_GT(unfinished, 2);
 }
 
-TEST_F(GpuNicCopyTest, WithoutSlotsItIsSaid) {
+TEST_F(GpuRdmaCopyTest, WithoutSlotsItIsSaid) {
   NodeOptions pe = direct();
   pe.gpu.rdma_bytes = 0;
   pe.copy = CopyEngine::kNic;
