@@ -46,19 +46,20 @@ DevicePort::DevicePort(NodeState& node, std::shared_ptr<CudaDevice> device, std:
       to_gpu_(node.shared_progress(), device_, HostSide::kFrom, node.options().gpu.copy, node.counter()),
       from_gpu_(node.shared_progress(), device_, HostSide::kTo, node.options().gpu.copy, node.counter()),
       within_(node.shared_progress(), device_, HostSide::kNone, node.options().gpu.copy, node.counter()),
-      leaving_(node.shared_progress(), device_, HostSide::kNone, node.options().gpu.copy, node.counter()),
       landing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       departing_(device_, largest_layer_bytes(node.geometry()), node.options().gpu.bounce_bytes, device_->numa_node()),
       flags_(flags_of(device_, node.geometry().layers())) {
-  if (node.copier() == nullptr || !nic_) return;
+  if (!nic_) return;
+  leaving_.emplace(node.shared_progress(), device_, HostSide::kNone, node.options().gpu.copy, node.counter());
+  if (node.copier() == nullptr) return;
   nic_in_.emplace(*node.copier(), nic_->landing.slots, within_, to_gpu_, HostSide::kFrom, node.counter());
   nic_out_.emplace(*node.copier(), nic_->departing.slots, within_, from_gpu_, HostSide::kTo, node.counter());
 }
 
 GpuStats DevicePort::stats() const {
   GpuStats stats{device_->ordinal(), device_->name(), to_gpu_.stats(), from_gpu_.stats(), within_.stats(), {}};
-  stats.within += leaving_.stats();
-  for (const auto& [ordinal, copier] : from_gpus_) stats.from_gpus += copier->stats();
+  if (leaving_) stats.within += leaving_->stats();
+  for (const auto& [ordinal, copier] : from_others_) stats.from_gpus += copier->stats();
   stats.bounce_bytes = landing_.memory().size() + departing_.memory().size();
   if (gds_) stats.gds_slots_bytes = gds_->bytes();
   stats.gds_bytes = gds_bytes_;
@@ -162,7 +163,7 @@ Departures::~Departures() {
   node_.progress().cancel(retry_);
   for (auto& [write, again] : again_) stop_waiting(again);
   port_.from_gpu().withdraw(owner_);
-  port_.leaving().withdraw(owner_);
+  if (port_.leaving() != nullptr) port_.leaving()->withdraw(owner_);
 }
 
 void Departures::add(std::uint32_t layer, std::uint32_t first, std::uint32_t count) {
@@ -209,8 +210,8 @@ void Departures::take(std::uint32_t layer, std::uint32_t index, const FreePieces
     send_later();
   };
   if (!on_gpu) return port_.from_gpu().copy(from, {&to, 1}, owner_, piece, taken);
-  if (known) return port_.leaving().copy(from, {&to, 1}, owner_, piece, taken);
-  port_.leaving().copy_summed(from, {&to, 1}, owner_, piece, leaving.checksum, taken);
+  if (known) return port_.leaving()->copy(from, {&to, 1}, owner_, piece, taken);
+  port_.leaving()->copy_summed(from, {&to, 1}, owner_, piece, leaving.checksum, taken);
 }
 
 // What one batch brought goes in as few frames as may be.

@@ -52,11 +52,11 @@ class DevicePort {
   Copier& out() { return nic_out_ ? static_cast<Copier&>(*nic_out_) : from_gpu_; }
   CudaCopier& within() { return within_; }
   // From another GPU's memory; null until there is one.
-  CudaCopier* from_gpu(int ordinal) const {
-    const auto found = from_gpus_.find(ordinal);
-    return found == from_gpus_.end() ? nullptr : found->second.get();
+  CudaCopier* from_other(int ordinal) const {
+    const auto found = from_others_.find(ordinal);
+    return found == from_others_.end() ? nullptr : found->second.get();
   }
-  void add_from_gpu(int ordinal, std::unique_ptr<CudaCopier> copier) { from_gpus_[ordinal] = std::move(copier); }
+  void add_from_other(int ordinal, std::unique_ptr<CudaCopier> copier) { from_others_[ordinal] = std::move(copier); }
   bool verify() const { return verify_; }
   GpuStaging* gds() { return gds_.get(); }
   void add_gds_bytes(std::uint64_t bytes) { gds_bytes_ += bytes; }
@@ -73,7 +73,8 @@ class DevicePort {
   // Apart, so that what comes never waits for what goes.
   BouncePool& landing() { return landing_; }
   BouncePool& departing() { return departing_; }
-  CudaCopier& leaving() { return leaving_; }  // from a cache to the slots that NICs read
+  // From a cache to the slots that NICs read; null without nic().
+  CudaCopier* leaving() { return leaving_ ? &*leaving_ : nullptr; }
   // Writes that no NIC made, and that wait for pinned memory: nothing else gets any of departing() until they have it.
   std::uint32_t& returned() { return returned_; }
   // For a load: a flag a layer, of equal values, that GPUs wait for one more of. They only grow, so that a GPU which
@@ -89,8 +90,9 @@ class DevicePort {
   const std::unique_ptr<NicSlots> nic_;
   std::uint64_t nic_bytes_ = 0, nic_sent_bytes_ = 0;
   std::uint32_t returned_ = 0;
-  CudaCopier to_gpu_, from_gpu_, within_, leaving_;
-  std::map<int, std::unique_ptr<CudaCopier>> from_gpus_;  // others, by ordinal
+  CudaCopier to_gpu_, from_gpu_, within_;
+  std::optional<CudaCopier> leaving_;
+  std::map<int, std::unique_ptr<CudaCopier>> from_others_;  // by ordinal
   std::optional<GpuNicCopier> nic_in_, nic_out_;
   BouncePool landing_, departing_;
   const std::shared_ptr<BouncePool> flags_;

@@ -249,7 +249,7 @@ void NodeState::prepare(const PagedKv& from, const PagedKv& to) {
   const std::lock_guard lock(preparing_);
   if (closed()) throw Error(kClosing);
   bool known = false;
-  progress_->run([&] { known = port(to)->from_gpu(from.device()) != nullptr; });
+  progress_->run([&] { known = port(to)->from_other(from.device()) != nullptr; });
   if (known) return;
   const auto device = CudaDevice::open(to.device()), other = CudaDevice::open(from.device());
   if (!device->reach(*other)) {
@@ -257,7 +257,7 @@ void NodeState::prepare(const PagedKv& from, const PagedKv& to) {
                      text("GPU ", device->ordinal(), " does not see the memory of GPU ", other->ordinal()));
   }
   auto copier = std::make_unique<CudaCopier>(progress_, device, HostSide::kNone, options_.gpu.copy, counter(), other);
-  progress_->run([&] { port(to)->add_from_gpu(from.device(), std::move(copier)); });
+  progress_->run([&] { port(to)->add_from_other(from.device(), std::move(copier)); });
 }
 
 void NodeState::check_verifiable(const PagedKv& cache, const CudaDevice& device) {

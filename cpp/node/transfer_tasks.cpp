@@ -1,7 +1,6 @@
 // Grants, sends and copies without a load around them.
 #include "node/transfer_tasks.h"
 
-#include "base/hash.h"
 #include "base/text.h"
 #include "memory/copier.h"
 #include "storage/store_state.h"
@@ -207,7 +206,7 @@ CopyTask::CopyTask(NodeState& node, CopyRequest request)
 Copier* CopyTask::choose_copier() const {
   const PagedKv &from = *request_.from, &to = *request_.to;
   if (!from.on_host() && !to.on_host()) {
-    return from.device() == to.device() ? &node_.port(to)->within() : node_.port(to)->from_gpu(from.device());
+    return from.device() == to.device() ? &node_.port(to)->within() : node_.port(to)->from_other(from.device());
   }
   if (!to.on_host()) return &node_.port(to)->in();
   if (!from.on_host()) return &node_.port(from)->out();

@@ -6,6 +6,7 @@
 #include <set>
 #include <thread>
 
+#include "gpu_support.h"
 #include "rdma_support.h"
 
 namespace dualkv::testing {
@@ -55,9 +56,7 @@ class GpuRdmaTestBase : public NodeTestBase, public ::testing::Test {
   std::uint64_t hit_bytes() const { return kBlocks * geometry_.block_bytes(); }
   std::uint64_t by_rdma() const { return de_->stats().links.at(0).rdma.bytes_written[0]; }
   std::uint64_t fallbacks(const std::string& name) const { return pe_->stats().fallbacks[name]; }
-  int flushes() const {
-    return reinterpret_cast<int (*)()>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "stand_in_flushes"))();
-  }
+  int flushes() const { return driver_call<int (*)()>("stand_in_flushes")(); }
 
   // All of a hit is read by the decode node and written here.
   Status load_into(const TestCache& cache) {

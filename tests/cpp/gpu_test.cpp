@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "base/hash.h"
+#include "gpu_support.h"
 #include "node_support.h"
 
 namespace dualkv::testing {
@@ -411,9 +412,8 @@ TEST_F(GpuTest, PublishBeforeTheLayerIsThereFailsTheLoad) {
 // A graph that was captured once waits, in each replay, for the load that has the gates then.
 TEST_F(GpuTest, AGraphWaitsForOneLoadAfterTheOther) {
   find_a_driver();
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
-  auto* capture = reinterpret_cast<void (*)(void*)>(dlsym(driver, "stand_in_capture"));
-  auto* replay = reinterpret_cast<void (*)(void*)>(dlsym(driver, "stand_in_replay"));
+  auto* capture = driver_call<void (*)(void*)>("stand_in_capture");
+  auto* replay = driver_call<void (*)(void*)>("stand_in_replay");
   if (capture == nullptr) GTEST_SKIP() << "graphs of a real driver are torch's to capture";
   auto de = options("de");
   de.store.read_limit_bytes_per_s = geometry_.block_bytes() * 200;
@@ -548,9 +548,8 @@ TEST_F(GpuTest, OneLoadMayHaveSeveralGates) {
 // An engine captures a graph, on a thread and a stream of its own, while KV comes and goes.
 TEST_F(GpuTest, ACaptureElsewhereAndLoadsDoNotHurtEachOther) {
   find_a_driver();
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
-  auto* capture = reinterpret_cast<void (*)(void*)>(dlsym(driver, "stand_in_capture"));
-  auto* replay = reinterpret_cast<void (*)(void*)>(dlsym(driver, "stand_in_replay"));
+  auto* capture = driver_call<void (*)(void*)>("stand_in_capture");
+  auto* replay = driver_call<void (*)(void*)>("stand_in_replay");
   if (capture == nullptr) GTEST_SKIP() << "graphs of a real driver are torch's to capture";
   auto de = options("de");
   de.store.read_limit_bytes_per_s = geometry_.block_bytes() * 40;
@@ -787,7 +786,7 @@ TEST_F(BetweenGpusTest, ACopyThatFailsIsSaidAndLeavesOtherCopiesAlone) {
 // On a GPU that no other test uses: a device that has failed stays so.
 TEST_F(GpuTest, LoadsIntoAGpuThatFailsEndWithItsError) {
   find_a_driver();
-  auto* fail = reinterpret_cast<void (*)(int)>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "stand_in_fail"));
+  auto* fail = driver_call<void (*)(int)>("stand_in_fail");
   if (fail == nullptr) GTEST_SKIP() << "a real GPU isn't broken for a test";
   constexpr int kDoomed = 2;
   auto de = options("de");
